@@ -1,0 +1,65 @@
+// pybind11 module _native: build facts, the CPU level in use, and test hooks. Tensors never pass through it: a
+// pybind11 function cannot be traced, faked or exported. The only Python-version-specific file.
+//
+// It links nothing of _ops.so: the level functions are looked up in the loaded library by _lib.py's handle.
+#include <pybind11/pybind11.h>
+
+#include <dlfcn.h>
+
+namespace py = pybind11;
+
+namespace {
+
+// Entry points of _ops.so that are not operators; exported there with C linkage.
+struct OpsLibrary {
+  const char* (*detected_isa)();
+  const char* (*current_isa)(char* error, int capacity);
+  int (*force_isa)(const char* level);
+};
+
+OpsLibrary library{};
+
+template <class Function>
+void resolve(void* handle, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(handle, name));
+  if (function == nullptr) throw std::runtime_error(std::string("pyops: _ops.so lacks ") + name);
+}
+
+void attach(const std::string& path) {
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (handle == nullptr) throw std::runtime_error("pyops: load " + path + " before attaching to it");
+  resolve(handle, "pyops_detected_isa", library.detected_isa);
+  resolve(handle, "pyops_current_isa", library.current_isa);
+  resolve(handle, "pyops_force_isa", library.force_isa);
+}
+
+std::string current_isa() {
+  char error[256] = "";
+  const char* name = library.current_isa(error, sizeof(error));
+  if (name == nullptr) throw std::runtime_error(error);
+  return name;
+}
+
+void force_isa(const py::object& level) {
+  const std::string name = level.is_none() ? "" : level.cast<std::string>();
+  if (library.force_isa(name.c_str()) != 0) throw py::value_error("unknown ISA level '" + name + "'");
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PYOPS_COMPILER;
+  info["cuda_archs"] = PYOPS_CUDA_ARCHS;
+  info["sanitize"] = PYOPS_SANITIZE;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Build facts and test hooks of pyops.";
+  module.def("attach", &attach, "Resolve the hooks of a loaded _ops.so.");
+  module.def("detected_isa", [] { return std::string(library.detected_isa()); }, "Best level of this processor.");
+  module.def("current_isa", &current_isa, "Level in use: detected, capped by PYOPS_CPU_ISA and force_isa.");
+  module.def("force_isa", &force_isa, py::arg("level").none(true), "Cap the level until the next call; None lifts it.");
+  module.def("build_info", &build_info, "Compiler, CUDA targets and sanitizers of this build.");
+}

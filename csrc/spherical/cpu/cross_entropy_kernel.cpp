@@ -1,0 +1,145 @@
+// Streaming passes over logits, compiled once per ISA level (PYOPS_ISA names the namespace).
+//
+// Forward: a row stretch is cut into blocks of kBlock elements. One pass over a block takes sum exp(x - shift)
+// and the block's maximum at once, the shift being the maximum so far: exact up to rounding while the block's
+// maximum is at most kHeadroom above it. A block that rises further (the first one, mostly) is still in the
+// first-level cache and is read again with its own maximum as shift. Lanes accumulate in float32 (float64 for
+// float64) over at most kBlock / lanes terms; blocks are merged in double.
+//
+// Backward: one exponential per element, read once and written once.
+#include "cross_entropy_kernel.h"
+
+#include <math.h>
+
+#include "../../common/vector_math.h"
+
+namespace pyops::PYOPS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;
+constexpr int kUnroll = 4;
+// exp(kHeadroom) * kBlock stays below 1e38.
+constexpr double kHeadroom = 60;
+
+template <class T>
+PYOPS_INLINE double block_maximum(const T* x, int64_t n) {
+  using Real = typename Accumulation<T>::type;
+  constexpr int lanes = kLanes<T>;
+  const Real lowest = -Real(HUGE_VAL);
+  Vector<Real> best[kUnroll];
+  for (auto& b : best) b = broadcast(lowest);
+  int64_t i = 0;
+  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
+    for (int u = 0; u < kUnroll; ++u) best[u] = maximum(best[u], load(x + i + u * lanes));
+  }
+  for (; i < n; i += lanes) {
+    const int64_t left = n - i;
+    best[0] = maximum(best[0], left >= lanes ? load(x + i) : load_partial(x + i, left, lowest));
+  }
+  return maximum_lane<Real>(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
+}
+
+struct ShiftedExponentials {
+  double maximum, sum;
+};
+
+template <class T>
+PYOPS_INLINE ShiftedExponentials shifted_exponentials(const T* x, int64_t n, typename Accumulation<T>::type shift) {
+  using Real = typename Accumulation<T>::type;
+  constexpr int lanes = kLanes<T>;
+  const Real lowest = -Real(HUGE_VAL);
+  Vector<Real> best[kUnroll], sum[kUnroll] = {};
+  for (auto& b : best) b = broadcast(lowest);
+  int64_t i = 0;
+  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const auto o = load(x + i + u * lanes);
+      best[u] = maximum(best[u], o);
+      sum[u] += exponential(o - shift);
+    }
+  }
+  for (; i < n; i += lanes) {
+    const int64_t left = n - i;
+    const auto o = left >= lanes ? load(x + i) : load_partial(x + i, left, lowest);
+    best[0] = maximum(best[0], o);
+    sum[0] += exponential(o - shift);
+  }
+  return {maximum_lane<Real>(maximum(maximum(best[0], best[1]), maximum(best[2], best[3]))),
+          sum_lanes<Real>((sum[0] + sum[1]) + (sum[2] + sum[3]))};
+}
+
+// sum w x as sum w (x - shift) + shift * sum w: small terms in float32, the rest in double.
+template <class T>
+PYOPS_INLINE double block_weighted_sum(const T* x, const typename Accumulation<T>::type* w, int64_t n, double guess) {
+  using Real = typename Accumulation<T>::type;
+  constexpr int lanes = kLanes<T>;
+  const Real shift = guess - guess == 0 ? Real(guess) : Real(0);
+  Vector<Real> sum = {}, weight_sum = {};
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t left = n - i;
+    const auto o = left >= lanes ? load(x + i) : load_partial(x + i, left, shift);
+    const auto weight = !w ? broadcast(Real(1)) : left >= lanes ? load(w + i) : load_partial(w + i, left, Real(0));
+    sum += weight * (o - shift);
+    weight_sum += weight;
+  }
+  const double weights = w ? sum_lanes<Real>(weight_sum) : double(n);
+  return sum_lanes<Real>(sum) + double(shift) * weights;
+}
+
+template <class T>
+RowExponentials exponentials(const void* data, const void* class_weight, int64_t n, bool weighted_sum) {
+  using Real = typename Accumulation<T>::type;
+  const T* x = static_cast<const T*>(data);
+  const Real* w = static_cast<const Real*>(class_weight);
+  RowExponentials total = no_exponentials();
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+    double shift = total.maximum;
+    if (shift == -HUGE_VAL) shift = block_maximum(x + begin, size);
+    // Only -inf (or NaN) so far: exp(o - 0) is 0 for all of them, where exp(-inf + inf) would be NaN.
+    if (shift == -HUGE_VAL) shift = 0;
+    ShiftedExponentials block = shifted_exponentials(x + begin, size, Real(shift));
+    if (block.maximum > shift + kHeadroom) {
+      shift = block.maximum;
+      block = shifted_exponentials(x + begin, size, Real(shift));
+    }
+    // `block.sum` is relative to `shift`, which need not be a maximum of this block: restate it.
+    const double maximum = block.maximum > total.maximum ? block.maximum : total.maximum;
+    const double kept = total.sum == 0 ? 0 : total.sum * exp(total.maximum - maximum);
+    const bool same = block.sum == 0 || shift == maximum || maximum == -HUGE_VAL;
+    const double added = same ? block.sum : block.sum * exp(shift - maximum);
+    double weighted = total.weighted_sum;
+    if (weighted_sum) weighted += block_weighted_sum(x + begin, w ? w + begin : w, size, maximum);
+    total = {maximum, kept + added, weighted};
+  }
+  return total;
+}
+
+template <class T>
+void gradient(const void* data, const void* class_weight, void* out, int64_t n, const CrossEntropyRowGradient& row,
+              bool nontemporal) {
+  using Real = typename Accumulation<T>::type;
+  const Real maximum = Real(row.maximum), slope = Real(row.slope), smooth = Real(row.smooth);
+  const T* x = static_cast<const T*>(data);
+  T* result = static_cast<T*>(out);
+  const Real* none = nullptr;
+  if (class_weight != nullptr && row.smooth != 0) {
+    const Real* w = static_cast<const Real*>(class_weight);
+    stream(x, w, result, n, nontemporal, [=](Vector<Real> o, Vector<Real> weight) __attribute__((always_inline)) {
+      return exponential(o - maximum) * slope - weight * smooth;
+    });
+  } else {
+    stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {
+      return exponential(o - maximum) * slope - smooth;
+    });
+  }
+}
+
+}  // namespace
+
+extern const CrossEntropyKernels cross_entropy_kernels = {
+    {exponentials<float>, exponentials<double>, exponentials<bfloat16>, exponentials<float16>},
+    {gradient<float>, gradient<double>, gradient<bfloat16>, gradient<float16>},
+};
+
+}  // namespace pyops::PYOPS_ISA

@@ -1,0 +1,115 @@
+// What the CPU fronts of the family share: targets read once and checked before any kernel runs, rows cut into
+// stretches, the reduction over rows, and the frame of a streaming backward.
+#pragma once
+
+#include <vector>
+
+#include "../loss_arguments.h"
+
+namespace pyops {
+
+struct RowTargets {
+  // Per target, rows x targets: class index (-1: does not count), target weight, target weight times class
+  // weight.
+  std::vector<int64_t> index;
+  std::vector<double> own, omega;
+  int64_t targets;
+  double weight_sum;    // what 'mean' divides by: per row the mean class weight over its targets that count
+  double counted_rows;  // rows with at least one target that counts
+
+  bool ignored(int64_t row) const;
+};
+
+// Raises IndexError for the first target outside [0, classes) that is not ignore_index. A target does not
+// count when it is ignore_index or its target weight is 0.
+RowTargets read_targets(const LossArguments& arguments, const Tensor& target, const OptionalTensor& target_weight,
+                        const OptionalTensor& weight, int64_t ignore_index);
+
+// For a backward: class indices where the saved target gradient is not 0, -1 elsewhere.
+std::vector<int64_t> read_target_indices(const LossArguments& arguments, const Tensor& target,
+                                         const Tensor& statistics, int64_t columns);
+
+// The class weights in the accumulation type, contiguous; empty without a weight.
+std::vector<double> read_class_weights(const OptionalTensor& weight);
+
+// Sum or mean of per-row losses in row order, or the rows themselves; `divisor` applies to the mean.
+Tensor reduce_rows(const Tensor& logits, const std::vector<double>& rows, int64_t reduction, double divisor,
+                   const std::optional<ScalarType>& out_dtype);
+
+// What 'mean' divides by, with the safe form of an empty batch.
+double mean_divisor(int64_t reduction, double sum, bool safe_mean);
+
+// grad_loss as doubles, one per row (a scalar is repeated).
+std::vector<double> read_row_gradients(const LossArguments& arguments, const Tensor& grad_loss);
+
+// Work on a row is cut into stretches of this many elements, whatever the number of threads: partial results
+// are merged in stretch order, so results do not depend on how many threads shared a row.
+constexpr int64_t kStretch = 32768;
+inline int64_t stretches(int64_t classes) { return (classes + kStretch - 1) / kStretch; }
+
+// Runs f(row, stretch, begin, size) over all stretches of all rows in parallel.
+template <class Function>
+void for_each_stretch(const LossArguments& arguments, const Function& f) {
+  const int64_t per_row = stretches(arguments.classes);
+  if (per_row == 0) return;
+  const int64_t longest = arguments.classes < kStretch ? arguments.classes : kStretch;
+  const int64_t grain = (kStretch + longest - 1) / longest;  // a task below about 10 us costs more than it saves
+  torch::stable::parallel_for(0, arguments.rows * per_row, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / per_row, stretch = unit % per_row, first = stretch * kStretch;
+      const int64_t size = arguments.classes - first < kStretch ? arguments.classes - first : kStretch;
+      f(row, stretch, first, size);
+    }
+  });
+}
+
+// Whether an output of this size should bypass the caches.
+bool use_nontemporal(int64_t bytes);
+
+inline char* element_pointer(const Tensor& rows, DType dtype, int64_t row, int64_t column) {
+  return static_cast<char*>(rows.data_ptr()) + (row * rows.stride(0) + column) * element_bytes(dtype);
+}
+
+// Writes the gradient of the logits to `out`, which may be the logits. `Rows` knows the formula of one loss:
+//   bool zero(row)                       the row is ignored: its gradient is 0 whatever its logits hold
+//   Gradient scaled(row, upstream)       row numbers times upstream gradient over normaliser
+//   double value(gradient, o, k)         gradient of class k with logit o, without target gradients
+//   double target(row, j, upstream)      target gradient j, scaled
+//   void run(x, out, begin, size, gradient, nontemporal)   value() over a stretch
+// Targets are computed whole before the pass, which may overwrite the logits, and written after it: the sum over
+// duplicate targets and the streaming part is rounded once.
+template <class Rows>
+void run_backward(const LossArguments& arguments, const Rows& rows, const std::vector<int64_t>& indices,
+                  const std::vector<double>& upstream, const Tensor& logits, Tensor& out) {
+  const int64_t targets = arguments.targets, bytes = element_bytes(arguments.dtype);
+  const bool in_place = logits.data_ptr() == out.data_ptr();
+  const bool nontemporal = !in_place && use_nontemporal(arguments.rows * arguments.classes * bytes);
+  for_each_stretch(arguments, [&](int64_t row, int64_t, int64_t begin, int64_t size) {
+    const char* x = element_pointer(logits, arguments.dtype, row, begin);
+    char* result = element_pointer(out, arguments.dtype, row, begin);
+    if (rows.zero(row)) {
+      memset(result, 0, size_t(size * bytes));
+      return;
+    }
+    const auto gradient = rows.scaled(row, upstream[size_t(row)]);
+    const int64_t* index = indices.data() + row * targets;
+    double few[8];
+    std::vector<double> many(targets > 8 ? size_t(targets) : 0);
+    double* values = targets > 8 ? many.data() : few;
+    for (int64_t j = 0; j < targets; ++j) {
+      const int64_t c = index[j] - begin;
+      if (c < 0 || c >= size) continue;
+      values[j] = rows.value(gradient, read_element(x, arguments.dtype, c), index[j]);
+      for (int64_t other = 0; other < targets; ++other) {
+        if (index[other] == index[j]) values[j] += rows.target(row, other, upstream[size_t(row)]);
+      }
+    }
+    rows.run(x, result, begin, size, gradient, nontemporal);
+    for (int64_t j = 0; j < targets; ++j) {
+      const int64_t c = index[j] - begin;
+      if (c >= 0 && c < size) write_element(result, arguments.dtype, c, values[j]);
+    }
+  });
+}
+
+}  // namespace pyops

@@ -1,0 +1,149 @@
+// Row formulas of the spherical losses: one place for the C++ CPU kernels and the CUDA kernels.
+//
+// A spherical loss depends on the D logits o_k of a row only through their sum, their sum of squares and
+// the logits of the target classes. A streaming pass leaves (mean, m2 = sum (o_k - mean)^2, sum_log); from
+// these everything else is scalar work in double, done here. No torch header, no state: usable in any kernel.
+//
+// Gradient of a row, for an upstream gradient of 1 and before the division by the normaliser:
+//   d loss / d o_k = slope * ((o_k - center) * inverse_scale) + shift + smooth * smooth_term(o_k)
+//                    + sum_j target_gradient_j * [k = c_j]
+// The five row numbers and the K target gradients are one row of the `statistics` output, in this order.
+#pragma once
+
+#include <math.h>
+
+#include "../common/host_device.h"
+
+namespace pyops {
+
+enum class SphericalLoss : int { z = 0, taylor_softmax = 1, spherical_softmax = 2, mse_onehot = 3 };
+
+// Columns of `statistics` (m x (kTargetGradient + K)).
+enum SphericalStatistics : int { kCenter = 0, kInverseScale, kSlope, kShift, kSmooth, kTargetGradient };
+
+struct SphericalOptions {
+  SphericalLoss loss;
+  double a, b, eps, label_smoothing;
+};
+
+struct RowMoments {
+  double mean;     // of the row
+  double m2;       // sum of (o - mean)^2
+  double sum_log;  // sum of log n(o) with n the unnormalised probability; only for smoothed softmax kinds
+};
+
+struct RowPartials {
+  double loss, slope, shift, smooth;
+};
+
+// Chan's merge of (count, mean, m2); counts are elements seen so far.
+PYOPS_HOST_DEVICE static inline void merge_moments(double& count, RowMoments& total, double other_count,
+                                            const RowMoments& other) {
+  const double sum = count + other_count;
+  if (other_count == 0) return;
+  const double delta = other.mean - total.mean;
+  const double share = other_count / sum;
+  total.mean += delta * share;
+  total.m2 += other.m2 + delta * delta * count * share;
+  total.sum_log += other.sum_log;
+  count = sum;
+}
+
+// True smoothing of these two needs sum_k log n(o_k): one more accumulator in the forward pass.
+PYOPS_HOST_DEVICE static inline bool needs_sum_log(const SphericalOptions& options) {
+  return options.label_smoothing != 0 &&
+         (options.loss == SphericalLoss::taylor_softmax || options.loss == SphericalLoss::spherical_softmax);
+}
+
+// n(o): the unnormalised probability of the two softmax alternatives.
+template <class Real>
+PYOPS_HOST_DEVICE static inline Real unnormalised(SphericalLoss loss, Real o, Real eps) {
+  return loss == SphericalLoss::taylor_softmax ? Real(1) + o + Real(0.5) * o * o : o * o + eps;
+}
+
+// d log n(o) / d o, which `smooth` multiplies.
+template <class Real>
+PYOPS_HOST_DEVICE static inline Real smooth_term(SphericalLoss loss, Real o, Real eps) {
+  return (loss == SphericalLoss::taylor_softmax ? Real(1) + o : Real(2) * o) / unnormalised(loss, o, eps);
+}
+
+PYOPS_HOST_DEVICE static inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+
+PYOPS_HOST_DEVICE static inline double sigmoid(double x) {
+  if (x >= 0) return 1 / (1 + exp(-x));
+  const double e = exp(x);
+  return e / (1 + e);
+}
+
+// (o - mean) is multiplied by this before it is multiplied by `slope`: kept apart from slope because their
+// product can overflow float32 when sigma is tiny although the gradient itself does not.
+PYOPS_HOST_DEVICE static inline double inverse_scale(const SphericalOptions& options, const RowMoments& row,
+                                              double classes) {
+  if (options.loss != SphericalLoss::z) return 1;
+  const double sigma = sqrt(row.m2 / classes + options.eps);
+  return sigma == 0 ? 0 : 1 / sigma;  // equal logits and eps = 0: loss softplus(a b)/a, gradient 0
+}
+
+// Adds one target of weight `omega` (target_weight * class weight) and logit `o` to the row's partials;
+// returns its target gradient.
+PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& options, const RowMoments& row,
+                                           double classes, double scale, double o, double omega,
+                                           RowPartials& partials) {
+  if (omega == 0) return 0;  // a class of weight 0 adds nothing, whatever its logit
+  const double smoothing = options.label_smoothing, keep = 1 - smoothing, mean = row.mean;
+  switch (options.loss) {
+    case SphericalLoss::z: {
+      // sum_k t_k z_k = (1 - smoothing) z_c because the mean of z is 0: smoothing only rescales z_c.
+      const double z = (o - mean) * scale;
+      const double u = options.a * (options.b - keep * z);
+      const double rho = omega * keep * sigmoid(u);
+      partials.loss += omega * softplus(u) / options.a;
+      partials.slope += rho * z * scale / classes;
+      partials.shift += rho * scale / classes;
+      return -rho * scale;
+    }
+    case SphericalLoss::taylor_softmax: {
+      const double total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * row.m2;
+      const double n = unnormalised(options.loss, o, options.eps);
+      partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
+      partials.slope += omega / total;
+      partials.shift += omega * (1 + mean) / total;
+      partials.smooth -= omega * smoothing / classes;
+      return -omega * keep * (1 + o) / n;
+    }
+    case SphericalLoss::spherical_softmax: {
+      const double total = row.m2 + classes * (mean * mean + options.eps);
+      const double n = unnormalised(options.loss, o, options.eps);
+      partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
+      partials.slope += 2 * omega / total;
+      partials.shift += 2 * omega * mean / total;
+      partials.smooth -= omega * smoothing / classes;
+      return -2 * omega * keep * o / n;
+    }
+    case SphericalLoss::mse_onehot: {
+      // sum_k (o_k - t_k)^2 with t = keep * onehot + smoothing / D.
+      const double squares = row.m2 + classes * mean * mean;
+      const double target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes;
+      partials.loss += omega * (squares - 2 * (keep * o + smoothing * mean) + target_squares);
+      partials.slope += 2 * omega;
+      partials.shift += 2 * omega * (mean - smoothing / classes);
+      return -2 * omega * keep;
+    }
+  }
+  return 0;
+}
+
+// Writes the five row numbers. The centre is rounded to the statistics type; what that rounding loses of the
+// mean goes into the shift, so that an offset of 1e4 on float32 logits costs no accuracy.
+template <class Statistic>
+PYOPS_HOST_DEVICE static inline void write_row(Statistic* statistics, const RowMoments& row, double scale,
+                                        const RowPartials& partials) {
+  const Statistic center = Statistic(row.mean);
+  statistics[kCenter] = center;
+  statistics[kInverseScale] = Statistic(scale);
+  statistics[kSlope] = Statistic(partials.slope);
+  statistics[kShift] = Statistic(partials.shift - partials.slope * ((row.mean - double(center)) * scale));
+  statistics[kSmooth] = Statistic(partials.smooth);
+}
+
+}  // namespace pyops

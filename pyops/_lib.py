@@ -1,0 +1,60 @@
+"""Loads the native libraries: ``_ops.so`` (needed), ``_cuda.so`` (optional) and the ``_native`` module."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+_REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps pyops-kernels"
+
+#: Why an optional library is not there; shown by ``python -m pyops info``.
+unavailable: dict[str, str] = {}
+native = None
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split("+")[0].split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+def _load(path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"pyops: {path.name} does not load in torch {torch.__version__}: {error}. "
+            f"Reinstall it against this torch: {_REINSTALL}"
+        ) from error
+
+
+def load() -> None:
+    """Loads what is there; ImportError says what was found and how to repair it."""
+    global native
+    if _torch_version() < OLDEST_TORCH:
+        raise ImportError(
+            f"pyops: built for torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, found {torch.__version__}. "
+            "Install a newer torch: pip install 'torch>=2.11'"
+        )
+    ops = _FOLDER / "_ops.so"
+    if not ops.exists():
+        raise ImportError(
+            f"pyops: {ops.name} is not next to the package: this is a source tree that has not been built, or a "
+            f"damaged install. Run `make setup` in the tree, or {_REINSTALL}"
+        )
+    _load(ops)
+    native = importlib.import_module("pyops._native")
+    native.attach(str(ops))
+    cuda = _FOLDER / "_cuda.so"
+    if not cuda.exists():
+        unavailable["cuda"] = "this build has no CUDA library (_cuda.so); install on a machine with nvcc"
+        return
+    try:
+        _load(cuda)
+    except ImportError as error:
+        unavailable["cuda"] = str(error)
+    if not torch.cuda.is_available():
+        unavailable.setdefault("cuda", "no CUDA device is available to torch")

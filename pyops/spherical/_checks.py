@@ -1,0 +1,120 @@
+"""Argument checks of the family, word for word those of ``csrc/spherical/loss_arguments.cpp``.
+
+The fakes run them, so that a call fails alike in eager mode, under ``torch.compile`` and with meta tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyops._autograd import reject
+from pyops.spherical.reference import SPHERICAL_LOSSES, accumulation_dtype
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATING_RULE = "be float32, float64, bfloat16 or float16"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _strided(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        reject(op, argument, "be a strided tensor", "another layout")
+
+
+def _device(op: str, argument: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        reject(op, argument, "be on the device of logits", f"{tensor.device} and {logits.device}")
+
+
+def _floating(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        reject(op, argument, _FLOATING_RULE, _name(tensor.dtype))
+
+
+def _logits_target(op: str, logits: Tensor, target: Tensor) -> int:
+    """Returns the number of targets per row."""
+    _strided(op, "logits", logits)
+    _floating(op, "logits", logits)
+    if logits.dim() != 2:
+        reject(op, "logits", "have shape [rows, classes]", _shape(logits))
+    _strided(op, "target", target)
+    _device(op, "target", target, logits)
+    if target.dtype not in (torch.int64, torch.int32):
+        reject(op, "target", "be int64 or int32", _name(target.dtype))
+    rows = logits.shape[0]
+    if target.dim() not in (1, 2) or target.shape[0] != rows:
+        reject(op, "target", f"have shape [{rows}] or [{rows}, targets per row]", _shape(target))
+    return target.shape[1] if target.dim() == 2 else 1
+
+
+def _weight(op: str, argument: str, weight: Tensor, logits: Tensor) -> None:
+    _strided(op, argument, weight)
+    _device(op, argument, weight, logits)
+    if weight.dtype != logits.dtype:
+        reject(op, argument, f"be {_name(logits.dtype)} like logits", _name(weight.dtype))
+
+
+def class_weight(op: str, weight: Tensor, logits: Tensor) -> None:
+    _weight(op, "weight", weight, logits)
+    if weight.dim() != 1 or weight.shape[0] != logits.shape[1]:
+        reject(op, "weight", f"have shape [{logits.shape[1]}]", _shape(weight))
+
+
+def forward(op, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype) -> int:
+    """All checks of a forward; returns the number of targets per row."""
+    targets = _logits_target(op, logits, target)
+    if target_weight is not None:
+        _weight(op, "target_weight", target_weight, logits)
+        if target_weight.shape != target.shape:
+            reject(op, "target_weight", f"have the shape of target, {_shape(target)}", _shape(target_weight))
+    if weight is not None:
+        class_weight(op, weight, logits)
+    if not 0 <= label_smoothing <= 1:
+        reject(op, "label_smoothing", "be in [0, 1]", f"{label_smoothing:g}")
+    if not 0 <= reduction <= 2:
+        reject(op, "reduction", "be 0 (none), 1 (mean) or 2 (sum)", reduction)
+    if out_dtype is not None and out_dtype not in FLOATING:
+        reject(op, "out_dtype", _FLOATING_RULE, _name(out_dtype))
+    return targets
+
+
+def backward(op, grad_loss, logits, target, statistics, normalizer, columns: int, normalizers: int) -> None:
+    """All checks of a backward. ``columns`` row statistics stand before the target gradients."""
+    targets = _logits_target(op, logits, target)
+    rows = logits.shape[0]
+    _strided(op, "grad_loss", grad_loss)
+    _device(op, "grad_loss", grad_loss, logits)
+    _floating(op, "grad_loss", grad_loss)
+    if grad_loss.dim() != 0 and (grad_loss.dim() != 1 or grad_loss.shape[0] != rows):
+        reject(op, "grad_loss", f"have shape [] or [{rows}]", _shape(grad_loss))
+    _strided(op, "statistics", statistics)
+    _device(op, "statistics", statistics, logits)
+    if statistics.dtype != accumulation_dtype(logits.dtype):
+        reject(op, "statistics", f"be {_name(accumulation_dtype(logits.dtype))}", _name(statistics.dtype))
+    width = columns + targets
+    if statistics.dim() != 2 or statistics.shape[0] != rows or statistics.shape[1] != width:
+        reject(op, "statistics", f"have shape [{rows}, {width}]", _shape(statistics))
+    _strided(op, "normalizer", normalizer)
+    _device(op, "normalizer", normalizer, logits)
+    if normalizer.dtype != torch.float64:
+        reject(op, "normalizer", "be float64", _name(normalizer.dtype))
+    if normalizer.numel() != normalizers:
+        reject(op, "normalizer", f"have {normalizers} elements", _shape(normalizer))
+
+
+def spherical_options(op: str, loss: str, a: float, b: float, eps: float) -> None:
+    if loss not in SPHERICAL_LOSSES:
+        reject("spherical_loss", "loss", "be z, taylor_softmax, spherical_softmax or mse_onehot", loss)
+    if not a > 0:
+        reject(op, "a", "be positive", f"{a:g}")
+    if b != b:
+        reject(op, "b", "be a number", f"{b:g}")
+    if not eps >= 0:
+        reject(op, "eps", "be at least 0", f"{eps:g}")

@@ -1,0 +1,502 @@
+"""Spherical losses (z, Taylor softmax, spherical softmax, one-hot squared error) on given logits, rows x classes.
+
+A spherical loss depends on the logits o_k of a row only through their mean, m2 = sum_k (o_k - mean)^2 and the
+logits of the targets; smoothing of the two softmax alternatives adds sum_log = sum_k log n(o_k), with n the
+unnormalised probability. Row formulas and the columns of `statistics` are those of
+csrc/spherical/spherical_loss_formula.h, to the letter: a backward of one backend follows a forward of another.
+
+Bytes: the forward reads the logits once, the backward reads and writes them once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _common
+from ._common import (
+    add_target_gradients,
+    any_row_counts,
+    load_target,
+    load_tile,
+    part_span,
+    row_skew,
+    scaled_statistic,
+    store_rounded,
+    store_tile,
+    tile_mask,
+    tile_pointers,
+    upstream_over,
+)
+
+LOSSES = ("z", "taylor_softmax", "spherical_softmax", "mse_onehot")
+Z = tl.constexpr(0)
+TAYLOR_SOFTMAX = tl.constexpr(1)
+SPHERICAL_SOFTMAX = tl.constexpr(2)
+MSE_ONEHOT = tl.constexpr(3)
+
+# Columns of `statistics`.
+CENTER = tl.constexpr(0)
+INVERSE_SCALE = tl.constexpr(1)
+SLOPE = tl.constexpr(2)
+SHIFT = tl.constexpr(3)
+SMOOTH = tl.constexpr(4)
+TARGET_GRADIENT = tl.constexpr(5)
+
+# Planes of the partial results.
+MEAN = tl.constexpr(0)
+M2 = tl.constexpr(1)
+SUM_LOG = tl.constexpr(2)
+
+# The pivot is the mean of this many elements at the start of a program's share of the row.
+PIVOT_COLUMNS = 256
+# Squares outside this range (per tile; per element below) have lost bits in float32.
+LARGEST_SQUARES = tl.constexpr(1e36)
+SMALLEST_SQUARE = tl.constexpr(1e-30)
+
+
+# ------------------------------------------------------------------------------------------------ row formulas
+
+
+@triton.jit
+def unnormalised(o, eps, LOSS: tl.constexpr):
+    """n(o) of the two softmax alternatives."""
+    if LOSS == TAYLOR_SOFTMAX:
+        return 1 + o + 0.5 * o * o
+    else:
+        return o * o + eps
+
+
+@triton.jit
+def smooth_term(o, eps, LOSS: tl.constexpr):
+    """d log n(o) / d o."""
+    if LOSS == TAYLOR_SOFTMAX:
+        return (1 + o) / unnormalised(o, eps, LOSS)
+    else:
+        return 2 * o / unnormalised(o, eps, LOSS)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) without overflow, and with full relative accuracy where it is tiny: for u = 1 + y rounded,
+    log(u) * y / (u - 1) undoes the rounding (Triton has no log1p that its interpreter runs)."""
+    y = tl.exp(-tl.abs(x))
+    u = 1 + y
+    log1p = tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def sigmoid(x):
+    y = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, y) / (1 + y)
+
+
+@triton.jit
+def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothing, LOSS: tl.constexpr):
+    """What a target of weight omega (target weight times class weight) and logit o adds to (loss, slope, shift,
+    smooth), and its target gradient; all per row and in float64."""
+    keep = 1 - smoothing
+    smooth = omega * 0
+    if LOSS == Z:
+        # sum_k t_k z_k = keep * z_c because the mean of z is 0: smoothing only rescales z_c.
+        z = (o - mean) * scale
+        u = a * (b - keep * z)
+        rho = omega * keep * sigmoid(u)
+        loss = omega * softplus(u) / a
+        slope = rho * z * scale / classes
+        shift = rho * scale / classes
+        gradient = -rho * scale
+    elif LOSS == MSE_ONEHOT:
+        # sum_k (o_k - t_k)^2 with t = keep * onehot + smoothing / classes.
+        target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes
+        loss = omega * (m2 + classes * mean * mean - 2 * (keep * o + smoothing * mean) + target_squares)
+        slope = 2 * omega
+        shift = 2 * omega * (mean - smoothing / classes)
+        gradient = -2 * omega * keep
+    else:
+        if LOSS == TAYLOR_SOFTMAX:
+            total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * m2
+            slope = omega / total
+            shift = omega * (1 + mean) / total
+        else:
+            total = m2 + classes * (mean * mean + eps)
+            slope = 2 * omega / total
+            shift = 2 * omega * mean / total
+        log_chosen = tl.log(unnormalised(o, eps, LOSS))
+        loss = omega * (tl.log(total) - keep * log_chosen - smoothing / classes * sum_log)
+        smooth = -omega * smoothing / classes
+        gradient = -omega * keep * smooth_term(o, eps, LOSS)
+    counts = omega != 0  # a class of weight 0 adds nothing, whatever its logit
+    return (
+        tl.where(counts, loss, 0.0),
+        tl.where(counts, slope, 0.0),
+        tl.where(counts, shift, 0.0),
+        tl.where(counts, smooth, 0.0),
+        tl.where(counts, gradient, 0.0),
+    )
+
+
+# --------------------------------------------------------------------------------------- forward, 1: streaming
+
+
+@triton.jit
+def tile_moments(o, pivot, mask, count, eps, LOG_OF: tl.constexpr):
+    """(mean, sum of squares about it, sum of log n) of the columns of a tile, one float64 per row. Works in the
+    type of o: differences from the pivot are small, so their sum and squares are good in float32."""
+    shifted = tl.where(mask, o - pivot[:, None], 0.0)
+    offset = tl.sum(shifted, 1) / count
+    centred = tl.where(mask, shifted - offset[:, None], 0.0)
+    squares = tl.sum(centred * centred, 1)
+    sum_log = tl.zeros(pivot.shape, tl.float64)
+    if LOG_OF != Z:
+        sum_log = tl.sum(tl.where(mask, tl.log(unnormalised(o, eps, LOG_OF)), 0.0), 1).to(tl.float64)
+    return pivot.to(tl.float64) + offset.to(tl.float64), squares.to(tl.float64), sum_log
+
+
+@triton.jit
+def start_pivot(logits, first_row, rows, row_stride, first, start, stop, ACCUMULATOR: tl.constexpr,
+                ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Mean of the first columns of the program's share: close to the mean of the row compared with its spread.
+    (A single element would do unless it is an outlier.)"""
+    mask, whole, count = tile_mask(first, start, stop, first_row, rows, ROWS, COLUMNS)
+    pointers = tile_pointers(logits, first_row, row_stride, first, ALIGNED, ROWS, COLUMNS)
+    sample = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
+    return tl.sum(sample, 1) / tl.maximum(count, 1).to(ACCUMULATOR)
+
+
+@triton.jit(do_not_specialize=[
+    "rows", "lead", "target_row_stride", "target_column_stride", "weight_row_stride", "weight_column_stride",
+    "ignore_index",
+])  # fmt: skip
+def row_moments(
+    logits, target, target_weight, partials, rows, classes, row_stride, lead, target_count,
+    target_row_stride, target_column_stride, weight_row_stride, weight_column_stride, ignore_index,
+    part_columns, eps: tl.float64,
+    LOG_OF: tl.constexpr, ACCUMULATOR: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
+    PIVOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(mean, m2 = sum (o - mean)^2, sum_log) of one part of the columns of ROWS rows.
+
+    Program (i, p) owns rows [i ROWS, (i + 1) ROWS) and part p of their columns, which it walks tile by tile. A
+    tile is in registers when its mean and then its centred squares are taken: two sums across the program per
+    tile, in ACCUMULATOR (float32; float64 for float64 logits). Tiles are merged per row in float64 by Chan's
+    formula, never as q / D - mean^2. Tiles whose squares leave the range of float32 are taken again in float64.
+    partials[plane, row, part], float64, belongs to this program alone. Programs whose rows are all ignored read no
+    logits and leave zeros.
+    """
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    part = tl.program_id(1).to(tl.int64)
+    row = first_row + tl.arange(0, ROWS)
+    skew = row_skew(first_row, row_stride, lead, PEEL, VECTOR)
+    start, stop = part_span(part, skew, part_columns, classes)
+    begin = part * part_columns - skew
+    needed = any_row_counts(
+        target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
+        weight_row_stride, weight_column_stride, ignore_index,
+    )  # fmt: skip
+    stop = tl.where(needed, stop, begin)
+    pivot = start_pivot(logits, first_row, rows, row_stride, begin, start, stop, ACCUMULATOR, True, ROWS, PIVOT)
+    eps = tl.full((), eps, tl.float64)
+    seen = tl.zeros((), tl.float64)
+    mean = tl.zeros((ROWS,), tl.float64)
+    m2 = tl.zeros((ROWS,), tl.float64)
+    sum_log = tl.zeros((ROWS,), tl.float64)
+    for first in range(begin, stop, COLUMNS):
+        mask, whole, count = tile_mask(first, start, stop, first_row, rows, ROWS, COLUMNS)
+        pointers = tile_pointers(logits, first_row, row_stride, first, True, ROWS, COLUMNS)
+        o = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
+        tile_mean, squares, logs = tile_moments(
+            o, pivot, mask, count.to(ACCUMULATOR), eps.to(ACCUMULATOR), LOG_OF
+        )
+        if ACCUMULATOR == tl.float32:
+            lost = ((squares < LARGEST_SQUARES) == 0) | ((squares < SMALLEST_SQUARE * count) & (squares != 0))
+            if tl.max(lost.to(tl.int32), 0) > 0:
+                tile_mean, squares, logs = tile_moments(
+                    o.to(tl.float64), tl.zeros((ROWS,), tl.float64), mask, count.to(tl.float64), eps, LOG_OF
+                )
+        together = seen + count.to(tl.float64)
+        share = count.to(tl.float64) / together
+        delta = tile_mean - mean
+        mean += delta * share
+        m2 += squares + delta * delta * (seen * share)
+        sum_log += logs
+        seen = together
+    planes = partials + row * tl.num_programs(1) + part
+    plane_stride = tl.cast(rows, tl.int64) * tl.num_programs(1)
+    tl.store(planes + MEAN * plane_stride, mean, mask=row < rows)
+    tl.store(planes + M2 * plane_stride, m2, mask=row < rows)
+    if LOG_OF != Z:
+        tl.store(planes + SUM_LOG * plane_stride, sum_log, mask=row < rows)
+
+
+# -------------------------------------------------------------------------------------- forward, 2: row formulas
+
+
+@triton.jit
+def merge_parts(partials, row, rows, classes, row_stride, lead, parts, part_columns,
+                LOG_OF: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """(mean, m2, sum_log) of whole rows: Chan's merge of all parts at once, in float64."""
+    part = tl.arange(0, PARTS)[None, :]
+    skew = row_skew(row, row_stride, lead, PEEL, VECTOR)
+    start, stop = part_span(part.to(tl.int64), skew[:, None], part_columns, classes)
+    mask = (row < rows)[:, None] & (part < parts)
+    count = tl.where(mask, stop - start, 0).to(tl.float64)
+    planes = partials + row[:, None] * parts + part
+    plane_stride = tl.cast(rows, tl.int64) * parts
+    means = tl.load(planes + MEAN * plane_stride, mask=mask, other=0.0)
+    squares = tl.load(planes + M2 * plane_stride, mask=mask, other=0.0)
+    mean = tl.sum(count * means, 1) / tl.maximum(tl.full((), classes, tl.float64), 1.0)
+    apart = means - mean[:, None]
+    m2 = tl.sum(squares + count * apart * apart, 1)
+    sum_log = tl.zeros(row.shape, tl.float64)
+    if LOG_OF != Z:
+        sum_log = tl.sum(tl.load(planes + SUM_LOG * plane_stride, mask=mask, other=0.0), 1)
+    return mean, m2, sum_log
+
+
+@triton.jit
+def store_row(statistics, mean, scale, slope, shift, smooth, live, mask):
+    """The five row numbers; zeros for ignored rows. The centre is rounded to the type of `statistics`, and what
+    that loses of the mean goes into the shift: an offset of 1e4 on float32 logits costs no accuracy."""
+    dtype = statistics.dtype.element_ty
+    center = mean.to(dtype)
+    shift = shift - slope * ((mean - center.to(tl.float64)) * scale)
+    tl.store(statistics + CENTER, tl.where(live, center, 0.0), mask=mask)
+    tl.store(statistics + INVERSE_SCALE, tl.where(live, scale, 0.0).to(dtype), mask=mask)
+    tl.store(statistics + SLOPE, tl.where(live, slope, 0.0).to(dtype), mask=mask)
+    tl.store(statistics + SHIFT, tl.where(live, shift, 0.0).to(dtype), mask=mask)
+    tl.store(statistics + SMOOTH, tl.where(live, smooth, 0.0).to(dtype), mask=mask)
+
+
+@triton.jit(debug=True, do_not_specialize=[
+    "rows", "lead", "target_row_stride", "target_column_stride", "weight_row_stride", "weight_column_stride",
+    "ignore_index", "parts", "row_stride", "classes", "part_columns",
+])  # fmt: skip
+def finish_rows(
+    logits, target, target_weight, weight, partials, statistics, loss, block_sums,
+    rows, classes, row_stride, lead, target_count, target_row_stride, target_column_stride,
+    weight_row_stride, weight_column_stride, ignore_index, parts, part_columns,
+    a: tl.float64, b: tl.float64, eps: tl.float64, smoothing: tl.float64,
+    LOSS: tl.constexpr, LOG_OF: tl.constexpr, REDUCE: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Row formulas: `statistics` of ROWS rows, and their losses (REDUCE 0) or the sums of their losses and row
+    weights in block_sums[:, program]. Everything is float64 until stored. `debug` is what arms the assertion.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    mean, m2, sum_log = merge_parts(
+        partials, row, rows, classes, row_stride, lead, parts, part_columns, LOG_OF, PEEL, VECTOR, PARTS
+    )
+    columns = tl.full((), classes, tl.float64)
+    a, b = tl.full((), a, tl.float64), tl.full((), b, tl.float64)
+    eps, smoothing = tl.full((), eps, tl.float64), tl.full((), smoothing, tl.float64)
+    scale = tl.full((ROWS,), 1.0, tl.float64)
+    if LOSS == Z:
+        sigma = tl.sqrt(m2 / columns + eps)
+        scale = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))  # equal logits and eps = 0
+    zero = tl.zeros((ROWS,), tl.float64)
+    row_loss, slope, shift, smooth, class_weights, counted = zero, zero, zero, zero, zero, zero
+    row_statistics = statistics + row * (TARGET_GRADIENT + target_count)
+    for j in range(target_count):
+        index, counts, own = load_target(
+            target, target_weight, row, rows, j, target_row_stride, target_column_stride,
+            weight_row_stride, weight_column_stride, ignore_index,
+        )  # fmt: skip
+        inside = (index >= 0) & (index < classes)
+        tl.device_assert(inside | (counts == 0), "pyops::spherical_loss: target must be a class or ignore_index")
+        counts = counts & inside
+        o = _common.widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
+        class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
+        if weight is not None:
+            class_weight = _common.widen(tl.load(weight + index, mask=counts, other=0))
+        omega = tl.where(counts, own * class_weight, 0.0)
+        loss_j, slope_j, shift_j, smooth_j, gradient = target_terms(
+            o, omega, mean, m2, sum_log, scale, columns, a, b, eps, smoothing, LOSS
+        )
+        row_loss, slope, shift, smooth = row_loss + loss_j, slope + slope_j, shift + shift_j, smooth + smooth_j
+        class_weights += class_weight
+        counted += tl.where(counts, 1.0, 0.0)
+        tl.store(row_statistics + TARGET_GRADIENT + j, gradient.to(statistics.dtype.element_ty), mask=there)
+    live = counted > 0
+    store_row(row_statistics, mean, scale, slope, shift, smooth, live, there)
+    if REDUCE == 0:
+        store_rounded(loss + row, row_loss, there)
+    else:
+        tl.store(block_sums + tl.program_id(0), tl.sum(row_loss, 0))
+        row_weight = class_weights / tl.maximum(counted, 1.0)
+        tl.store(block_sums + tl.num_programs(0) + tl.program_id(0), tl.sum(row_weight, 0))
+
+
+# ----------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit(do_not_specialize=[
+    "rows", "lead", "target_row_stride", "target_column_stride", "grad_loss_stride", "statistics_stride",
+    "column_blocks",
+])  # fmt: skip
+def logits_gradient(
+    grad_loss, logits, target, statistics, normalizer, grad_logits, rows, classes, row_stride, grad_row_stride,
+    lead, grad_loss_stride, target_count, target_row_stride, target_column_stride, statistics_stride,
+    column_blocks, eps: tl.float64,
+    LOSS: tl.constexpr, ACCUMULATOR: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """d loss / d o_k = slope ((o_k - center) inverse_scale) + shift + smooth smooth_term(o_k)
+                       + sum_j target_gradient_j [k = c_j],     slope to target_gradient times grad_loss / normalizer.
+
+    One program per tile of the gradient, which it alone writes; `grad_logits` may be `logits`. Row numbers are
+    scaled in float64, elements are worked on in ACCUMULATOR and rounded once. The product slope * inverse_scale is
+    not formed: it can overflow float32 when the gradient does not. Rows whose row numbers are all 0 (ignored)
+    get exact zeros and are not read unless they share a tile with others.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    first_row = block // column_blocks * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    there = row < rows
+    first = block % column_blocks * COLUMNS - row_skew(first_row, row_stride, lead, PEEL, VECTOR)
+    scale = upstream_over(grad_loss, grad_loss_stride, normalizer, row, rows)
+    numbers = statistics + row * statistics_stride
+    center = tl.load(numbers + CENTER, mask=there, other=0)
+    inverse_scale = tl.load(numbers + INVERSE_SCALE, mask=there, other=0)
+    slope = scaled_statistic(tl.load(numbers + SLOPE, mask=there, other=0), scale, ACCUMULATOR)
+    shift = scaled_statistic(tl.load(numbers + SHIFT, mask=there, other=0), scale, ACCUMULATOR)
+    smooth = scaled_statistic(tl.load(numbers + SMOOTH, mask=there, other=0), scale, ACCUMULATOR)
+    live = (slope != 0) | (shift != 0) | (smooth != 0)
+    any_live = tl.max(live.to(tl.int32), 0) > 0
+
+    mask, whole, _ = tile_mask(first, 0, classes, first_row, rows, ROWS, COLUMNS)
+    pointers = tile_pointers(logits, first_row, row_stride, first, True, ROWS, COLUMNS)
+    o = load_tile(pointers, mask & live[:, None], whole & any_live, 0.0, ACCUMULATOR)
+    gradient = slope[:, None] * ((o - center[:, None]) * inverse_scale[:, None]) + shift[:, None]
+    if (LOSS == TAYLOR_SOFTMAX) or (LOSS == SPHERICAL_SOFTMAX):
+        if tl.max((smooth != 0).to(tl.int32), 0) > 0:
+            term = smooth_term(o, tl.full((), eps, tl.float64).to(ACCUMULATOR), LOSS)
+            gradient += tl.where((smooth != 0)[:, None], smooth[:, None] * term, 0.0)
+    gradient = tl.where(live[:, None], gradient, 0.0)
+    gradient = add_target_gradients(
+        gradient, target, statistics, scale, row, rows, first, target_count, target_row_stride,
+        target_column_stride, statistics_stride, TARGET_GRADIENT, COLUMNS,
+    )  # fmt: skip
+    store_tile(
+        tile_pointers(grad_logits, first_row, grad_row_stride, first, GRAD_ALIGNED, ROWS, COLUMNS),
+        gradient, mask, whole,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+
+
+def _forward_reasons(logits, target, target_weight, weight, loss, a, b, eps, label_smoothing, ignore_index,
+                     reduction, safe_mean, out_dtype):  # fmt: skip
+    reasons = _common.common_reasons(logits, target, target_weight, weight)
+    if loss not in LOSSES:
+        reasons.append(f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}")
+    if out_dtype is not None and out_dtype not in _common.FLOATING:
+        reasons.append(f"out_dtype is {out_dtype}; the Triton kernels write float64, float32, bfloat16 and float16")
+    return reasons
+
+
+def _backward_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps):
+    reasons = _common.common_reasons(logits, target, grad_loss, statistics, normalizer)
+    if loss not in LOSSES:
+        reasons.append(f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}")
+    return reasons
+
+
+def _in_place_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps):
+    reasons = _backward_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps)
+    return reasons + _common.in_place_reasons(logits)
+
+
+@_common.serves(_forward_reasons)
+def spherical_loss(
+    logits: Tensor,
+    target: Tensor,
+    target_weight: Tensor | None,
+    weight: Tensor | None,
+    loss: str,
+    a: float,
+    b: float,
+    eps: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    safe_mean: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, statistics, normalizer) of the op pyops::spherical_loss."""
+    logits = _common.rows_dense(logits)
+    target, target_weight = _common.as_columns(target), _common.as_columns(target_weight)
+    plan = _common.plan_rows(logits)
+    tile = plan.tile
+    rows, classes = logits.shape
+    target_count = target.size(1)
+    code = LOSSES.index(loss)
+    log_of = code if label_smoothing and code in (TAYLOR_SOFTMAX.value, SPHERICAL_SOFTMAX.value) else Z.value
+    outputs = _common.allocate_outputs(
+        logits, plan, TARGET_GRADIENT.value + target_count, reduction, out_dtype, z_term=False
+    )
+    partials = logits.new_empty((3 if log_of else 2, rows, plan.parts), dtype=torch.float64)
+    walk = (rows, classes, logits.stride(0), plan.lead, target_count, *target.stride(),
+            *_common.strides(target_weight), ignore_index)  # fmt: skip
+    cut = {"LOG_OF": log_of, "PEEL": plan.peel, "VECTOR": plan.vector}
+    with _common.on_device_of(logits):
+        _common.launch(
+            row_moments, (plan.row_blocks, plan.parts),
+            logits, target, target_weight, partials, *walk, plan.part_columns, eps,
+            ACCUMULATOR=_common.accumulator(logits), PIVOT=min(PIVOT_COLUMNS, tile.columns), ROWS=tile.rows,
+            COLUMNS=tile.columns, num_warps=tile.num_warps, **cut,
+        )  # fmt: skip
+        _common.launch(
+            finish_rows, (plan.finish_blocks,),
+            logits, target, target_weight, None if weight is None else weight.contiguous(), partials,
+            outputs.statistics, outputs.loss, outputs.block_sums, *walk, plan.parts, plan.part_columns,
+            a, b, eps, label_smoothing,
+            LOSS=code, REDUCE=int(reduction != _common.REDUCE_NONE), ROWS=plan.finish_rows,
+            PARTS=plan.part_capacity, num_warps=4, **cut,
+        )  # fmt: skip
+        _common.finish_reduction(outputs, reduction, safe_mean)
+    return outputs.loss, outputs.statistics, outputs.normalizer
+
+
+def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps, grad_logits) -> None:
+    """Into `grad_logits`, whose rows are dense like those of `logits` and which may be `logits`."""
+    target, statistics = _common.as_columns(target), statistics.contiguous()
+    plan = _common.plan_rows(logits)
+    tile = plan.tile
+    rows, classes = logits.shape
+    with _common.on_device_of(logits):
+        _common.launch(
+            logits_gradient, (plan.row_blocks * plan.column_blocks,),
+            grad_loss, logits, target, statistics, normalizer, grad_logits,
+            rows, classes, logits.stride(0), grad_logits.stride(0), plan.lead,
+            grad_loss.stride(0) if grad_loss.dim() else 0, target.size(1), *target.stride(), statistics.size(1),
+            plan.column_blocks, eps,
+            LOSS=LOSSES.index(loss), ACCUMULATOR=_common.accumulator(logits), PEEL=plan.peel, VECTOR=plan.vector,
+            GRAD_ALIGNED=_common.same_alignment(logits, grad_logits, plan), ROWS=tile.rows, COLUMNS=tile.columns,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+@_common.serves(_backward_reasons)
+def spherical_loss_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor,
+                            normalizer: Tensor, loss: str, eps: float) -> Tensor:  # fmt: skip
+    """grad_logits of the op pyops::spherical_loss_backward."""
+    logits = _common.rows_dense(logits)
+    grad_logits = logits.new_empty(logits.shape)
+    _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps, grad_logits)
+    return grad_logits
+
+
+@_common.serves(_in_place_reasons)
+def spherical_loss_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor,
+                             normalizer: Tensor, loss: str, eps: float) -> None:  # fmt: skip
+    """Overwrites the logits with their gradient: pyops::spherical_loss_backward_."""
+    dense = _common.rows_dense(logits)
+    _write_gradient(grad_loss, dense, target, statistics, normalizer, loss, eps, dense)
+    if dense is not logits:
+        logits.copy_(dense)
