@@ -14,16 +14,16 @@ import contextvars
 import importlib
 import importlib.util
 import logging
-import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from pyops import _lib
+from pyops import _environment, _lib
+from pyops._environment import BACKENDS
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _logger = logging.getLogger("pyops")
 
@@ -86,25 +86,13 @@ def triton_unavailable() -> str:
     return ""
 
 
-def strict() -> bool:
-    """``PYOPS_STRICT=1`` turns every fallback into an error."""
-    return _flag("PYOPS_STRICT")
-
-
-def _flag(name: str) -> bool:
-    value = os.environ.get(name, "0")
-    if value not in ("0", "1", ""):
-        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
-    return value == "1"
-
-
 def register(family: str, triton_module: str, **references: Callable) -> None:
     """Declares ops of a family: ``op=reference implementation`` with the op's own arguments and outputs."""
     for name, reference in references.items():
         _ops[name] = Op(name, family, reference, triton_module)
         if "cuda" in _lib.unavailable and torch.cuda.is_available():
             _library.impl(name, partial(_route, _ops[name], "CUDA"), "CUDA", with_keyset=True)
-    if _environment_choice() or _forced.get():
+    if _environment.values["PYOPS_BACKEND"]:
         _install_routers()
 
 
@@ -115,7 +103,9 @@ def _install_routers() -> None:
             if key in op.native or not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyops::{op.name}", key):
                 continue
             op.native[key] = torch.library.get_kernel(f"pyops::{op.name}", key)
-            _library.impl(op.name, partial(_route, op, key), key, with_keyset=True, allow_override=True)
+            with warnings.catch_warnings():  # the override is the point
+                warnings.simplefilter("ignore", UserWarning)
+                _library.impl(op.name, partial(_route, op, key), key, with_keyset=True, allow_override=True)
 
 
 def _route(op: Op, key: str, keyset, *args):
@@ -139,7 +129,7 @@ def _route(op: Op, key: str, keyset, *args):
 
 def _report_fallback(op: Op, rejected: list[str]) -> None:
     text = f"pyops::{op.name} runs the torch reference because {' | '.join(rejected)}"
-    if strict():
+    if _environment.values["PYOPS_STRICT"] == "1":
         raise RuntimeError(text + " (PYOPS_STRICT=1 makes this an error)")
     if (op.name, text) not in _reported:
         _reported.add((op.name, text))
@@ -165,16 +155,12 @@ def _available() -> str:
     return ", ".join(f"{name} (not here: {notes[name]})" if notes.get(name) else name for name in BACKENDS)
 
 
-def _environment_choice() -> dict[str, str]:
-    text = os.environ.get("PYOPS_BACKEND", "")
-    return _parse_choice(text, "PYOPS_BACKEND") if text else {}
-
-
 def requested(family: str) -> str | None:
     """The backend that the caller asked for, for one family."""
     choice = _forced.get()
     if choice is None:
-        choice = _environment_choice()
+        text = _environment.values["PYOPS_BACKEND"]
+        choice = _parse_choice(text, "PYOPS_BACKEND") if text else {}
     return choice.get(family) or choice.get("")
 
 

@@ -1,5 +1,10 @@
 #include "tensor.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace pyops {
 namespace {
 
@@ -7,6 +12,10 @@ int32_t dtype_code(const Tensor& tensor) {
   int32_t code = -1;
   aoti_torch_get_dtype(tensor.get(), &code);
   return code;
+}
+
+int32_t code_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
 // The shim gives no names, and Tensor::scalar_type() throws for what it does not know.
@@ -38,17 +47,13 @@ std::string name_of_code(int32_t code) {
 
 std::string dtype_name(const Tensor& tensor) { return name_of_code(dtype_code(tensor)); }
 
-std::string dtype_name(ScalarType dtype) {
-  return name_of_code(torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)));
-}
+std::string dtype_name(ScalarType dtype) { return name_of_code(code_of(dtype)); }
 
 std::string shape_name(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    if (dim) text += ", ";
-    text += std::to_string(tensor.size(dim));
-  }
-  return text + "]";
+  std::ostringstream text;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "[") << tensor.size(dim);
+  text << (tensor.dim() ? "]" : "[]");
+  return text.str();
 }
 
 std::string device_name(const Tensor& tensor) {
@@ -59,6 +64,46 @@ std::string device_name(const Tensor& tensor) {
   if (type == aoti_torch_device_type_meta()) return "meta";
   if (type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(index);
   return "device type " + std::to_string(type);
+}
+
+bool same_dtype(const Tensor& left, const Tensor& right) { return dtype_code(left) == dtype_code(right); }
+
+bool is_dtype(const Tensor& tensor, ScalarType dtype) { return dtype_code(tensor) == code_of(dtype); }
+
+ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return ScalarType::Float;
+    case DType::float64: return ScalarType::Double;
+    case DType::bfloat16: return ScalarType::BFloat16;
+    case DType::float16: return ScalarType::Half;
+  }
+  return ScalarType::Float;
+}
+
+DType dtype_of(ScalarType dtype) {
+  return dtype == ScalarType::Double     ? DType::float64
+         : dtype == ScalarType::BFloat16 ? DType::bfloat16
+         : dtype == ScalarType::Half     ? DType::float16
+                                         : DType::float32;
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= sizes.begin()[dim] > 1 ? sizes.begin()[dim] : 1;
+  }
+  int32_t device_type = 0, device_index = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_device_index(like.get(), &device_index);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, code_of(dtype),
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 void check_strided(const char* op, const char* argument, const Tensor& tensor) {
@@ -89,6 +134,25 @@ DType check_floating(const char* op, const char* argument, const Tensor& tensor)
 Tensor rows_dense(const Tensor& tensor) {
   const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
   return dense ? tensor : torch::stable::contiguous(tensor);
+}
+
+LargeOutput new_large_output(const Tensor& like, int64_t rows, int64_t columns) {
+  LargeOutput output{new_tensor(like, {rows, columns}, like.scalar_type()), false};
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t bytes = uintptr_t(rows * columns) * output.tensor.element_size();
+  if (bytes < 2 * kHugePage) return output;
+  const uintptr_t begin = (uintptr_t(output.tensor.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (uintptr_t(output.tensor.data_ptr()) + bytes) & ~(kHugePage - 1);
+  // Ask about a page in the middle: allocators touch the ends for their own bookkeeping.
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  unsigned char resident = 1;
+  const uintptr_t middle = (begin + (end - begin) / 2) & ~(page - 1);
+  if (mincore(reinterpret_cast<void*>(middle), page, &resident) != 0 || (resident & 1)) return output;
+  output.fresh = true;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure costs only speed
+#endif
+  return output;
 }
 
 int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }

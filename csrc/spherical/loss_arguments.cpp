@@ -14,8 +14,8 @@ LossArguments check_logits_target(const char* op, const Tensor& logits, const Te
   PYOPS_CHECK(logits.dim() == 2, op, "logits", "have shape [rows, classes]", shape_name(logits));
   check_strided(op, "target", target);
   check_device(op, "target", target, logits);
-  const std::string target_dtype = dtype_name(target);
-  PYOPS_CHECK(target_dtype == "int64" || target_dtype == "int32", op, "target", "be int64 or int32", target_dtype);
+  PYOPS_CHECK(is_dtype(target, ScalarType::Long) || is_dtype(target, ScalarType::Int), op, "target",
+              "be int64 or int32", dtype_name(target));
   const int64_t rows = logits.size(0), classes = logits.size(1);
   PYOPS_CHECK((target.dim() == 1 || target.dim() == 2) && target.size(0) == rows, op, "target",
               "have shape [" + std::to_string(rows) + "] or [" + std::to_string(rows) + ", targets per row]",
@@ -35,8 +35,8 @@ bool same_shape(const Tensor& left, const Tensor& right) {
 void check_weight(const LossArguments& arguments, const char* name, const Tensor& weight, const Tensor& logits) {
   check_strided(arguments.op, name, weight);
   check_device(arguments.op, name, weight, logits);
-  const std::string dtype = dtype_name(logits);
-  PYOPS_CHECK(dtype_name(weight) == dtype, arguments.op, name, "be " + dtype + " like logits", dtype_name(weight));
+  PYOPS_CHECK(same_dtype(weight, logits), arguments.op, name, "be " + dtype_name(logits) + " like logits",
+              dtype_name(weight));
 }
 
 }  // namespace
@@ -62,9 +62,9 @@ LossArguments check_loss_arguments(const char* op, const Tensor& logits, const T
   PYOPS_CHECK(reduction >= kReductionNone && reduction <= kReductionSum, op, "reduction",
               "be 0 (none), 1 (mean) or 2 (sum)", reduction);
   if (out_dtype) {
-    const std::string name = dtype_name(*out_dtype);
-    PYOPS_CHECK(name == "float32" || name == "float64" || name == "bfloat16" || name == "float16", op, "out_dtype",
-                "be float32, float64, bfloat16 or float16", name);
+    const bool floating = *out_dtype == ScalarType::Float || *out_dtype == ScalarType::Double ||
+                          *out_dtype == ScalarType::BFloat16 || *out_dtype == ScalarType::Half;
+    PYOPS_CHECK(floating, op, "out_dtype", "be float32, float64, bfloat16 or float16", dtype_name(*out_dtype));
   }
   return arguments;
 }
@@ -80,8 +80,8 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
               "have shape [] or [" + std::to_string(arguments.rows) + "]", shape_name(grad_loss));
   check_strided(op, "statistics", statistics);
   check_device(op, "statistics", statistics, logits);
-  const char* statistics_dtype = arguments.statistics_dtype == DType::float64 ? "float64" : "float32";
-  PYOPS_CHECK(dtype_name(statistics) == statistics_dtype, op, "statistics", std::string("be ") + statistics_dtype,
+  const ScalarType statistics_dtype = statistics_scalar_type(arguments);
+  PYOPS_CHECK(is_dtype(statistics, statistics_dtype), op, "statistics", "be " + dtype_name(statistics_dtype),
               dtype_name(statistics));
   const int64_t width = columns + arguments.targets;
   PYOPS_CHECK(statistics.dim() == 2 && statistics.size(0) == arguments.rows && statistics.size(1) == width, op,
@@ -89,7 +89,7 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
               shape_name(statistics));
   check_strided(op, "normalizer", normalizer);
   check_device(op, "normalizer", normalizer, logits);
-  PYOPS_CHECK(dtype_name(normalizer) == "float64", op, "normalizer", "be float64", dtype_name(normalizer));
+  PYOPS_CHECK(is_dtype(normalizer, ScalarType::Double), op, "normalizer", "be float64", dtype_name(normalizer));
   PYOPS_CHECK(normalizer.numel() == normalizers, op, "normalizer",
               "have " + std::to_string(normalizers) + " elements", shape_name(normalizer));
   return arguments;
@@ -130,7 +130,7 @@ void check_rows_distinct(const LossArguments& arguments, const Tensor& logits) {
 }
 
 ScalarType statistics_scalar_type(const LossArguments& arguments) {
-  return arguments.statistics_dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+  return scalar_type_of(arguments.statistics_dtype);
 }
 
 }  // namespace pyops

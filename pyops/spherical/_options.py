@@ -34,6 +34,8 @@ def check_tensors(op: str, logits, target, target_weight, weight) -> None:
         reject(op, "logits", "be a Tensor", type(logits).__name__, TypeError)
     if not isinstance(target, Tensor):
         reject(op, "target", "be a Tensor", type(target).__name__, TypeError)
+    if logits.layout is not torch.strided:  # the dispatcher would answer for the op, at length
+        reject(op, "logits", "be a strided tensor", "another layout")
     if target_weight is not None:
         _check_weight(op, "target_weight", target_weight)
     if weight is not None:

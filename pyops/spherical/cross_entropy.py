@@ -127,8 +127,8 @@ def _composite(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, in_place, *args):
-        logits, target, target_weight, weight = args[:4]
+    def forward(ctx, logits, args, in_place):  # one tuple: apply() costs per argument
+        _, target, target_weight, weight = args[:4]
         with below_autograd():
             loss, z_term, statistics, normalizer = _op(*args)
         ctx.save_for_backward(logits, target, target_weight, weight, statistics, normalizer)
@@ -149,7 +149,7 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             with _dispatch.restored(ctx.backend):
                 grad = _gradient(ctx.in_place, grad_loss, logits, target, weight, statistics, normalizer)
-        return (None, grad, *[None] * 9)
+        return grad, None, None
 
 
 def _gradient(in_place, grad_loss, logits, target, weight, statistics, normalizer):
@@ -170,7 +170,7 @@ def _call(in_place, args) -> tuple[Tensor, Tensor]:
     if args[0].requires_grad and torch.is_grad_enabled():
         if in_place and args[0].is_leaf:
             reject(_NAME, "logits", "not be a leaf with inplace_backward=True", "a leaf that requires grad")
-        return _CrossEntropy.apply(in_place, *args)
+        return _CrossEntropy.apply(args[0], args, in_place)
     with below_autograd():
         return _op(*args)[:2]
 

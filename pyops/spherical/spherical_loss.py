@@ -134,8 +134,8 @@ def _composite(
 
 class _SphericalLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, in_place, *args):
-        logits, target, target_weight, weight = args[:4]
+    def forward(ctx, logits, args, in_place):  # one tuple: apply() costs per argument
+        _, target, target_weight, weight = args[:4]
         with below_autograd():
             loss, statistics, normalizer = _op(*args)
         ctx.save_for_backward(logits, target, target_weight, weight, statistics, normalizer)
@@ -156,7 +156,7 @@ class _SphericalLoss(torch.autograd.Function):
         else:
             with _dispatch.restored(ctx.backend):
                 grad = _gradient(ctx.in_place, grad_loss, logits, target, statistics, normalizer, options)
-        return (None, grad, *[None] * 12)
+        return grad, None, None
 
 
 def _gradient(in_place, grad_loss, logits, target, statistics, normalizer, options):
@@ -184,7 +184,7 @@ def _call(
     if args[0].requires_grad and torch.is_grad_enabled():
         if inplace_backward and args[0].is_leaf:
             reject(_NAMES[loss], "logits", "not be a leaf with inplace_backward=True", "a leaf that requires grad")
-        return _SphericalLoss.apply(inplace_backward, *args)
+        return _SphericalLoss.apply(args[0], args, inplace_backward)
     with below_autograd():
         return _op(*args)[0]
 

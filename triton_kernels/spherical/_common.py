@@ -43,13 +43,16 @@ class Tile(NamedTuple):
 def configs(dtype: torch.dtype) -> tuple[Tile, ...]:
     """All tiles shipped for logits of a dtype, narrowest first; a row longer than the last one is walked.
 
-    4096 elements are four 16-byte loads in flight per thread: with 4 warps for the 16-bit types and 8 for
-    float32 (float64 gets eight loads). At the registers the compiled kernels need, 5 to 9 programs share a
-    multiprocessor, so 40 to 70 KiB are in flight on each; HBM3 needs about 20 to 30. From resource counts, not yet
-    from measurements on a GPU.
+    A thread holds 32 elements of the 16-bit types in the long tile and 16 in the others, half as many of the wider
+    types: four and two 16-byte loads in flight (twice that for float64).
     """
-    num_warps = 4 if dtype.itemsize == 2 else 8
-    return tuple(Tile(4096 // columns, columns, num_warps) for columns in (64, 256, 1024, 4096))
+    warps = 1 if dtype.itemsize == 2 else 2
+    return (
+        Tile(rows=16, columns=64, num_warps=2 * warps),
+        Tile(rows=4, columns=256, num_warps=2 * warps),
+        Tile(rows=1, columns=1024, num_warps=2 * warps),
+        Tile(rows=1, columns=4096, num_warps=4 * warps),
+    )
 
 
 # A finishing program handles this many (row, part) pairs: 128 rows of one part, or 8 of 16, or one of 128 or 1024.
@@ -65,6 +68,7 @@ class Plan(NamedTuple):
     """How one call is shared out among programs."""
 
     tile: Tile
+    even: bool  # rows start at 16-byte boundaries and are whole vectors long
     peel: bool  # rows are cut at 16-byte boundaries of memory
     vector: int  # elements in 16 bytes
     lead: int  # elements between a 16-byte boundary and logits[0, 0]
@@ -97,6 +101,7 @@ def plan_rows(logits: Tensor) -> Plan:
     finish_rows = max(FINISH_LANES // capacity, 1)
     return Plan(
         tile=tile,
+        even=aligned and classes % vector == 0,
         peel=peel,
         vector=vector,
         lead=lead,
@@ -131,26 +136,31 @@ def part_span(part, skew, part_columns, classes):
 
 
 @triton.jit
-def tile_mask(first, start, stop, first_row, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """For the tile of columns [first, first + COLUMNS): the mask of the elements inside [start, stop) and of
-    existing rows, whether that is all of them, and how many columns are inside.
+def tile_mask(first, start, stop, first_row, rows, EVEN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr):  # fmt: skip
+    """For the tile of columns [first, first + COLUMNS): which columns are inside [start, stop), the same as a mask
+    of the tile, whether that is all of it, and how many columns are inside.
 
     Lanes are compared in int32 with bounds relative to the tile: columns themselves may need 64 bits, and the
     compiler proves a mask constant over a 16-byte vector only in this form."""
     lane = tl.arange(0, COLUMNS)
     low = tl.minimum(tl.maximum(start - first, 0), COLUMNS).to(tl.int32)
     high = tl.maximum(tl.minimum(stop - first, COLUMNS), 0).to(tl.int32)
+    if EVEN:
+        low = tl.multiple_of(low, VECTOR)
+        high = tl.multiple_of(high, VECTOR)
+    inside = (lane >= low) & (lane < high)
     row = first_row + tl.arange(0, ROWS)
-    mask = ((lane >= low) & (lane < high))[None, :] & (row < rows)[:, None]
+    mask = inside[None, :] & (row < rows)[:, None]
     whole = (low == 0) & (high == COLUMNS) & (first_row + ROWS <= rows)
-    return mask, whole, tl.maximum(high - low, 0)
+    return inside, mask, whole, tl.maximum(high - low, 0)
 
 
 @triton.jit
-def tile_pointers(base, first_row, row_stride, first, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-                  COLUMNS: tl.constexpr):  # fmt: skip
-    """Pointers to columns [first, first + COLUMNS) of ROWS rows. ALIGNED promises that a single row's tile starts
-    at a 16-byte boundary, which peeling arranges and the compiler cannot see."""
+def tile_pointers(base, first_row, row_stride, first, ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Pointers to columns [first, first + COLUMNS) of ROWS rows. ALIGNED promises what the compiler cannot see:
+    every row of the tile starts at a 16-byte boundary. For a tile of one row, peeling sees to that."""
     lane = tl.arange(0, COLUMNS)
     if ROWS == 1:
         begin = base + (first_row * row_stride + first)
@@ -158,8 +168,10 @@ def tile_pointers(base, first_row, row_stride, first, ALIGNED: tl.constexpr, ROW
             begin = tl.multiple_of(begin, 16)
         return begin + lane[None, :]
     else:
-        row = first_row + tl.arange(0, ROWS)
-        return base + (row * row_stride + first)[:, None] + lane[None, :]
+        offset = (first_row + tl.arange(0, ROWS)) * row_stride + first
+        if ALIGNED:
+            offset = tl.multiple_of(offset, VECTOR)
+        return base + offset[:, None] + lane[None, :]
 
 
 @triton.jit
@@ -392,11 +404,13 @@ def finish_reduction(outputs: Outputs, reduction: int, safe_mean: bool) -> None:
     )  # fmt: skip
 
 
-def same_alignment(logits: Tensor, other: Tensor, plan: Plan) -> bool:
-    """Whether tiles cut at 16-byte boundaries of the logits start at such boundaries in `other` as well."""
-    if other.data_ptr() % 16 // other.element_size() != plan.lead:
+def grad_aligned(logits: Tensor, grad_logits: Tensor, plan: Plan) -> bool:
+    """Whether rows of tiles that start at 16-byte boundaries of the logits do so in their gradient as well."""
+    if plan.tile.rows > 1 and not plan.even:
         return False
-    return logits.size(0) <= 1 or (logits.stride(0) - other.stride(0)) % plan.vector == 0
+    if grad_logits.data_ptr() % 16 // grad_logits.element_size() != plan.lead:
+        return False
+    return logits.size(0) <= 1 or (logits.stride(0) - grad_logits.stride(0)) % plan.vector == 0
 
 
 # ---------------------------------------------------------------------------------------------------- support
@@ -427,6 +441,12 @@ def common_reasons(logits: Tensor, target: Tensor, *others: Tensor | None) -> li
     elif logits.device.type != "cpu" or not INTERPRETED:
         reasons.append(f"logits are on {logits.device}; Triton runs on CUDA, or anywhere under TRITON_INTERPRET=1")
     return reasons
+
+
+def out_dtype_reasons(out_dtype: torch.dtype | None) -> list[str]:
+    if out_dtype is None or out_dtype in FLOATING:
+        return []
+    return [f"out_dtype is {out_dtype}; the Triton kernels write float64, float32, bfloat16 and float16"]
 
 
 def in_place_reasons(logits: Tensor) -> list[str]:

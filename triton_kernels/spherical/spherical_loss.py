@@ -29,6 +29,7 @@ from ._common import (
     tile_mask,
     tile_pointers,
     upstream_over,
+    widen,
 )
 
 LOSSES = ("z", "taylor_softmax", "spherical_softmax", "mse_onehot")
@@ -52,9 +53,12 @@ SUM_LOG = tl.constexpr(2)
 
 # The pivot is the mean of this many elements at the start of a program's share of the row.
 PIVOT_COLUMNS = 256
-# Squares outside this range (per tile; per element below) have lost bits in float32.
+# Sums of squares above this, or below this per element, have lost bits in float32. Logits with such squares are
+# multiplied by a power of two that brings them well inside.
 LARGEST_SQUARES = tl.constexpr(1e36)
 SMALLEST_SQUARE = tl.constexpr(1e-30)
+SHRINK = tl.constexpr(2.0**-80)
+STRETCH = tl.constexpr(2.0**80)
 
 
 # ------------------------------------------------------------------------------------------------ row formulas
@@ -143,28 +147,67 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
 
 
 @triton.jit
-def tile_moments(o, pivot, mask, count, eps, LOG_OF: tl.constexpr):
-    """(mean, sum of squares about it, sum of log n) of the columns of a tile, one float64 per row. Works in the
-    type of o: differences from the pivot are small, so their sum and squares are good in float32."""
-    shifted = tl.where(mask, o - pivot[:, None], 0.0)
-    offset = tl.sum(shifted, 1) / count
-    centred = tl.where(mask, shifted - offset[:, None], 0.0)
-    squares = tl.sum(centred * centred, 1)
-    sum_log = tl.zeros(pivot.shape, tl.float64)
-    if LOG_OF != Z:
-        sum_log = tl.sum(tl.where(mask, tl.log(unnormalised(o, eps, LOG_OF)), 0.0), 1).to(tl.float64)
-    return pivot.to(tl.float64) + offset.to(tl.float64), squares.to(tl.float64), sum_log
+def log_unnormalised(o, eps, LOSS: tl.constexpr):
+    """log n(o), also where the square in n leaves the range of float32."""
+    huge = tl.abs(o) > 1e9
+    log = tl.log(tl.where(huge, tl.abs(o), unnormalised(o, eps, LOSS)))
+    return tl.where(huge, 2 * log - (0.6931471805599453 if LOSS == TAYLOR_SOFTMAX else 0.0), log)
 
 
 @triton.jit
-def start_pivot(logits, first_row, rows, row_stride, first, start, stop, ACCUMULATOR: tl.constexpr,
-                ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Mean of the first columns of the program's share: close to the mean of the row compared with its spread.
-    (A single element would do unless it is an outlier.)"""
-    mask, whole, count = tile_mask(first, start, stop, first_row, rows, ROWS, COLUMNS)
-    pointers = tile_pointers(logits, first_row, row_stride, first, ALIGNED, ROWS, COLUMNS)
+def tile_moments(o, pivot, mask, count):
+    """(mean - pivot, sum of squares about the mean) of the columns of a tile, in the type of o: differences from
+    the pivot are small, so float32 is good for their sum and squares, and equal logits give exact zeros."""
+    shifted = tl.where(mask, o - pivot[:, None], 0.0)
+    offset = tl.sum(shifted, 1) / count
+    centred = tl.where(mask, shifted - offset[:, None], 0.0)
+    return offset, tl.sum(centred * centred, 1)
+
+
+@triton.jit
+def start_pivot(logits, first_row, rows, row_stride, begin, start, stop, factor, SCALED: tl.constexpr,
+                ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr):  # fmt: skip
+    """Mean of the first columns of the program's share of each row, as first element plus mean difference from it:
+    exact for equal logits. (The first element alone would be a bad pivot when it is an outlier.)"""
+    row = first_row + tl.arange(0, ROWS)
+    place = logits + row * row_stride + start
+    element = tl.load(place, mask=row < tl.where(start < stop, rows, 0), other=0).to(ACCUMULATOR)
+    _, mask, whole, count = tile_mask(begin, start, stop, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
+    pointers = tile_pointers(logits, first_row, row_stride, begin, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
     sample = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
-    return tl.sum(sample, 1) / tl.maximum(count, 1).to(ACCUMULATOR)
+    if SCALED:
+        element *= factor
+        sample *= factor[:, None]
+    difference = tl.where(mask, sample - element[:, None], 0.0)
+    return element + tl.sum(difference, 1) / tl.maximum(count, 1).to(ACCUMULATOR)
+
+
+@triton.jit
+def walk(logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, SCALED: tl.constexpr,
+         LOG_OF: tl.constexpr, ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr,
+         ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """(mean, m2, sum_log) of the columns [start, stop) of each row, times the powers of `factor` that they have."""
+    seen = tl.zeros((), tl.float64)
+    mean = pivot.to(tl.float64)
+    m2 = tl.zeros((ROWS,), tl.float64)
+    sum_log = tl.zeros((ROWS,), tl.float64)
+    for first in range(begin, stop, COLUMNS):
+        _, mask, whole, count = tile_mask(first, start, stop, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
+        pointers = tile_pointers(logits, first_row, row_stride, first, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
+        o = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
+        if LOG_OF != Z:
+            sum_log += tl.sum(tl.where(mask, log_unnormalised(o, eps, LOG_OF), 0.0), 1).to(tl.float64)
+        if SCALED:
+            o *= factor[:, None]
+        offset, squares = tile_moments(o, pivot, mask, count.to(ACCUMULATOR))
+        together = seen + count.to(tl.float64)
+        share = count.to(tl.float64) / together
+        delta = (pivot.to(tl.float64) - mean) + offset.to(tl.float64)
+        mean += delta * share
+        m2 += squares.to(tl.float64) + delta * delta * (seen * share)
+        seen = together
+    return mean, m2, sum_log
 
 
 @triton.jit(do_not_specialize=[
@@ -175,17 +218,17 @@ def row_moments(
     logits, target, target_weight, partials, rows, classes, row_stride, lead, target_count,
     target_row_stride, target_column_stride, weight_row_stride, weight_column_stride, ignore_index,
     part_columns, eps: tl.float64,
-    LOG_OF: tl.constexpr, ACCUMULATOR: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
-    PIVOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOG_OF: tl.constexpr, ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, PEEL: tl.constexpr,
+    VECTOR: tl.constexpr, PIVOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(mean, m2 = sum (o - mean)^2, sum_log) of one part of the columns of ROWS rows.
 
     Program (i, p) owns rows [i ROWS, (i + 1) ROWS) and part p of their columns, which it walks tile by tile. A
     tile is in registers when its mean and then its centred squares are taken: two sums across the program per
     tile, in ACCUMULATOR (float32; float64 for float64 logits). Tiles are merged per row in float64 by Chan's
-    formula, never as q / D - mean^2. Tiles whose squares leave the range of float32 are taken again in float64.
+    formula, never as q / D - mean^2. Rows whose squares leave the range of float32 are walked again, scaled.
     partials[plane, row, part], float64, belongs to this program alone. Programs whose rows are all ignored read no
-    logits and leave zeros.
+    logits but for the pivot, and what they leave is not used.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     part = tl.program_id(1).to(tl.int64)
@@ -193,37 +236,36 @@ def row_moments(
     skew = row_skew(first_row, row_stride, lead, PEEL, VECTOR)
     start, stop = part_span(part, skew, part_columns, classes)
     begin = part * part_columns - skew
+    eps = tl.full((), eps, tl.float64).to(ACCUMULATOR)
+    factor = tl.full((ROWS,), 1.0, ACCUMULATOR)
+    # Also for rows that are ignored: this load need not wait for that of the targets.
+    pivot = start_pivot(
+        logits, first_row, rows, row_stride, begin, start, stop, factor, False, ACCUMULATOR, EVEN, VECTOR, ROWS, PIVOT
+    )
     needed = any_row_counts(
         target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
         weight_row_stride, weight_column_stride, ignore_index,
     )  # fmt: skip
     stop = tl.where(needed, stop, begin)
-    pivot = start_pivot(logits, first_row, rows, row_stride, begin, start, stop, ACCUMULATOR, True, ROWS, PIVOT)
-    eps = tl.full((), eps, tl.float64)
-    seen = tl.zeros((), tl.float64)
-    mean = tl.zeros((ROWS,), tl.float64)
-    m2 = tl.zeros((ROWS,), tl.float64)
-    sum_log = tl.zeros((ROWS,), tl.float64)
-    for first in range(begin, stop, COLUMNS):
-        mask, whole, count = tile_mask(first, start, stop, first_row, rows, ROWS, COLUMNS)
-        pointers = tile_pointers(logits, first_row, row_stride, first, True, ROWS, COLUMNS)
-        o = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
-        tile_mean, squares, logs = tile_moments(
-            o, pivot, mask, count.to(ACCUMULATOR), eps.to(ACCUMULATOR), LOG_OF
-        )
-        if ACCUMULATOR == tl.float32:
-            lost = ((squares < LARGEST_SQUARES) == 0) | ((squares < SMALLEST_SQUARE * count) & (squares != 0))
-            if tl.max(lost.to(tl.int32), 0) > 0:
-                tile_mean, squares, logs = tile_moments(
-                    o.to(tl.float64), tl.zeros((ROWS,), tl.float64), mask, count.to(tl.float64), eps, LOG_OF
-                )
-        together = seen + count.to(tl.float64)
-        share = count.to(tl.float64) / together
-        delta = tile_mean - mean
-        mean += delta * share
-        m2 += squares + delta * delta * (seen * share)
-        sum_log += logs
-        seen = together
+    mean, m2, sum_log = walk(
+        logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, False, LOG_OF, ACCUMULATOR, EVEN,
+        VECTOR, ROWS, COLUMNS,
+    )  # fmt: skip
+    if ACCUMULATOR == tl.float32 and logits.dtype.element_ty != tl.float16:
+        large = (m2 < LARGEST_SQUARES) == 0  # or NaN
+        small = (m2 < SMALLEST_SQUARE * (stop - start).to(tl.float64)) & (m2 != 0)
+        if tl.max((large | small).to(tl.int32), 0) > 0:
+            factor = tl.where(large, SHRINK, tl.where(small, STRETCH, 1.0)).to(ACCUMULATOR)
+            pivot = start_pivot(
+                logits, first_row, rows, row_stride, begin, start, stop, factor, True, ACCUMULATOR, EVEN, VECTOR,
+                ROWS, PIVOT,
+            )  # fmt: skip
+            mean, m2, _ = walk(
+                logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, True, Z, ACCUMULATOR,
+                EVEN, VECTOR, ROWS, COLUMNS,
+            )  # fmt: skip
+            mean /= factor.to(tl.float64)
+            m2 /= factor.to(tl.float64) * factor.to(tl.float64)
     planes = partials + row * tl.num_programs(1) + part
     plane_stride = tl.cast(rows, tl.int64) * tl.num_programs(1)
     tl.store(planes + MEAN * plane_stride, mean, mask=row < rows)
@@ -248,7 +290,10 @@ def merge_parts(partials, row, rows, classes, row_stride, lead, parts, part_colu
     plane_stride = tl.cast(rows, tl.int64) * parts
     means = tl.load(planes + MEAN * plane_stride, mask=mask, other=0.0)
     squares = tl.load(planes + M2 * plane_stride, mask=mask, other=0.0)
-    mean = tl.sum(count * means, 1) / tl.maximum(tl.full((), classes, tl.float64), 1.0)
+    # Relative to the first part: equal logits then have m2 = 0 exactly.
+    origin = tl.load(partials + MEAN * plane_stride + row * parts, mask=row < rows, other=0.0)
+    apart = tl.where(mask, means - origin[:, None], 0.0)
+    mean = origin + tl.sum(count * apart, 1) / tl.maximum(tl.full((), classes, tl.float64), 1.0)
     apart = means - mean[:, None]
     m2 = tl.sum(squares + count * apart * apart, 1)
     sum_log = tl.zeros(row.shape, tl.float64)
@@ -309,10 +354,10 @@ def finish_rows(
         inside = (index >= 0) & (index < classes)
         tl.device_assert(inside | (counts == 0), "pyops::spherical_loss: target must be a class or ignore_index")
         counts = counts & inside
-        o = _common.widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
+        o = widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
         class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
         if weight is not None:
-            class_weight = _common.widen(tl.load(weight + index, mask=counts, other=0))
+            class_weight = widen(tl.load(weight + index, mask=counts, other=0))
         omega = tl.where(counts, own * class_weight, 0.0)
         loss_j, slope_j, shift_j, smooth_j, gradient = target_terms(
             o, omega, mean, m2, sum_log, scale, columns, a, b, eps, smoothing, LOSS
@@ -342,7 +387,7 @@ def logits_gradient(
     grad_loss, logits, target, statistics, normalizer, grad_logits, rows, classes, row_stride, grad_row_stride,
     lead, grad_loss_stride, target_count, target_row_stride, target_column_stride, statistics_stride,
     column_blocks, eps: tl.float64,
-    LOSS: tl.constexpr, ACCUMULATOR: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
+    LOSS: tl.constexpr, ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, PEEL: tl.constexpr, VECTOR: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """d loss / d o_k = slope ((o_k - center) inverse_scale) + shift + smooth smooth_term(o_k)
@@ -368,8 +413,8 @@ def logits_gradient(
     live = (slope != 0) | (shift != 0) | (smooth != 0)
     any_live = tl.max(live.to(tl.int32), 0) > 0
 
-    mask, whole, _ = tile_mask(first, 0, classes, first_row, rows, ROWS, COLUMNS)
-    pointers = tile_pointers(logits, first_row, row_stride, first, True, ROWS, COLUMNS)
+    _, mask, whole, _ = tile_mask(first, 0, classes, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
+    pointers = tile_pointers(logits, first_row, row_stride, first, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
     o = load_tile(pointers, mask & live[:, None], whole & any_live, 0.0, ACCUMULATOR)
     gradient = slope[:, None] * ((o - center[:, None]) * inverse_scale[:, None]) + shift[:, None]
     if (LOSS == TAYLOR_SOFTMAX) or (LOSS == SPHERICAL_SOFTMAX):
@@ -382,7 +427,7 @@ def logits_gradient(
         target_column_stride, statistics_stride, TARGET_GRADIENT, COLUMNS,
     )  # fmt: skip
     store_tile(
-        tile_pointers(grad_logits, first_row, grad_row_stride, first, GRAD_ALIGNED, ROWS, COLUMNS),
+        tile_pointers(grad_logits, first_row, grad_row_stride, first, GRAD_ALIGNED, VECTOR, ROWS, COLUMNS),
         gradient, mask, whole,
     )  # fmt: skip
 
@@ -390,21 +435,18 @@ def logits_gradient(
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
+def _loss_reasons(loss: str) -> list[str]:
+    return [] if loss in LOSSES else [f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}"]
+
+
 def _forward_reasons(logits, target, target_weight, weight, loss, a, b, eps, label_smoothing, ignore_index,
                      reduction, safe_mean, out_dtype):  # fmt: skip
     reasons = _common.common_reasons(logits, target, target_weight, weight)
-    if loss not in LOSSES:
-        reasons.append(f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}")
-    if out_dtype is not None and out_dtype not in _common.FLOATING:
-        reasons.append(f"out_dtype is {out_dtype}; the Triton kernels write float64, float32, bfloat16 and float16")
-    return reasons
+    return reasons + _loss_reasons(loss) + _common.out_dtype_reasons(out_dtype)
 
 
 def _backward_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps):
-    reasons = _common.common_reasons(logits, target, grad_loss, statistics, normalizer)
-    if loss not in LOSSES:
-        reasons.append(f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}")
-    return reasons
+    return _common.common_reasons(logits, target, grad_loss, statistics, normalizer) + _loss_reasons(loss)
 
 
 def _in_place_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps):
@@ -448,8 +490,8 @@ def spherical_loss(
         _common.launch(
             row_moments, (plan.row_blocks, plan.parts),
             logits, target, target_weight, partials, *walk, plan.part_columns, eps,
-            ACCUMULATOR=_common.accumulator(logits), PIVOT=min(PIVOT_COLUMNS, tile.columns), ROWS=tile.rows,
-            COLUMNS=tile.columns, num_warps=tile.num_warps, **cut,
+            ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PIVOT=min(PIVOT_COLUMNS, tile.columns),
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **cut,
         )  # fmt: skip
         _common.launch(
             finish_rows, (plan.finish_blocks,),
@@ -476,9 +518,9 @@ def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps
             rows, classes, logits.stride(0), grad_logits.stride(0), plan.lead,
             grad_loss.stride(0) if grad_loss.dim() else 0, target.size(1), *target.stride(), statistics.size(1),
             plan.column_blocks, eps,
-            LOSS=LOSSES.index(loss), ACCUMULATOR=_common.accumulator(logits), PEEL=plan.peel, VECTOR=plan.vector,
-            GRAD_ALIGNED=_common.same_alignment(logits, grad_logits, plan), ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
+            LOSS=LOSSES.index(loss), ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel,
+            VECTOR=plan.vector, GRAD_ALIGNED=_common.grad_aligned(logits, grad_logits, plan), ROWS=tile.rows,
+            COLUMNS=tile.columns, num_warps=tile.num_warps,
         )  # fmt: skip
 
 

@@ -111,12 +111,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& logit
   const Tensor logits = rows_dense(logits_in);
   const KernelWeights weights(weight, arguments.dtype);
   const CrossEntropyOptions options{label_smoothing, lse_square_scale};
-  Tensor statistics = torch::stable::new_empty(logits, {arguments.rows, kTargetGradientCe + arguments.targets},
+  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets},
                                                statistics_scalar_type(arguments));
   RowLosses losses = arguments.statistics_dtype == DType::float64
                          ? finish_rows<double>(arguments, options, logits, targets, weights, statistics)
                          : finish_rows<float>(arguments, options, logits, targets, weights, statistics);
-  Tensor normalizer = torch::stable::new_empty(logits, {2}, ScalarType::Double);
+  Tensor normalizer = new_tensor(logits, {2}, ScalarType::Double);
   double* divisor = static_cast<double*>(normalizer.mutable_data_ptr());
   divisor[0] = mean_divisor(reduction, targets.weight_sum, safe_mean);
   divisor[1] = mean_divisor(reduction, targets.counted_rows, safe_mean);
@@ -166,15 +166,15 @@ struct CrossEntropyRows {
 
 void backward_into(const LossArguments& arguments, const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                    const OptionalTensor& weight, const Tensor& statistics_in, const Tensor& normalizer_in,
-                   Tensor& out) {
-  const Tensor statistics = torch::stable::contiguous(statistics_in);
-  const Tensor normalizer = torch::stable::contiguous(normalizer_in);
+                   Tensor& out, bool nontemporal) {
+  const Tensor statistics = as_contiguous(statistics_in);
+  const Tensor normalizer = as_contiguous(normalizer_in);
   const KernelWeights weights(weight, arguments.dtype);
   const CrossEntropyRows rows{arguments, weights, statistics.const_data_ptr(),
                               static_cast<const double*>(normalizer.const_data_ptr()),
                               kernels().gradient[int(arguments.dtype)]};
   run_backward(arguments, rows, read_target_indices(arguments, target, statistics, kTargetGradientCe),
-               read_row_gradients(arguments, grad_loss), logits, out);
+               read_row_gradients(arguments, grad_loss), logits, out, nontemporal);
 }
 
 LossArguments check_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
@@ -189,9 +189,10 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss, const Tensor& logits_
                                   const OptionalTensor& weight, const Tensor& statistics, const Tensor& normalizer) {
   const LossArguments arguments = check_backward(grad_loss, logits_in, target, weight, statistics, normalizer);
   const Tensor logits = rows_dense(logits_in);
-  Tensor out = torch::stable::new_empty(logits, {arguments.rows, arguments.classes});
-  backward_into(arguments, grad_loss, logits, target, weight, statistics, normalizer, out);
-  return out;
+  LargeOutput out = new_large_output(logits, arguments.rows, arguments.classes);
+  backward_into(arguments, grad_loss, logits, target, weight, statistics, normalizer, out.tensor,
+                use_nontemporal(arguments, out));
+  return out.tensor;
 }
 
 void cross_entropy_backward_cpu_(const Tensor& grad_loss, Tensor logits, const Tensor& target,
@@ -199,7 +200,7 @@ void cross_entropy_backward_cpu_(const Tensor& grad_loss, Tensor logits, const T
   const LossArguments arguments = check_backward(grad_loss, logits, target, weight, statistics, normalizer);
   check_rows_distinct(arguments, logits);
   Tensor dense = rows_dense(logits);
-  backward_into(arguments, grad_loss, dense, target, weight, statistics, normalizer, dense);
+  backward_into(arguments, grad_loss, dense, target, weight, statistics, normalizer, dense, false);
   if (dense.const_data_ptr() != logits.const_data_ptr()) torch::stable::copy_(logits, dense);
 }
 

@@ -53,6 +53,7 @@ PYOPS_INLINE ShiftedExponentials shifted_exponentials(const T* x, int64_t n, typ
   int64_t i = 0;
   for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
     for (int u = 0; u < kUnroll; ++u) {
+      prefetch_ahead(x + i + u * lanes);
       const auto o = load(x + i + u * lanes);
       best[u] = maximum(best[u], o);
       sum[u] += exponential(o - shift);

@@ -17,9 +17,11 @@ Matrix matrix_of(const Tensor& tensor) {
 }
 
 std::string position_name(const Tensor& target, int64_t row, int64_t column) {
-  std::string text = "[" + std::to_string(row);
-  if (target.dim() == 2) text += ", " + std::to_string(column);
-  return text + "]";
+  std::ostringstream text;
+  text << "[" << row;
+  if (target.dim() == 2) text << ", " << column;
+  text << "]";
+  return text.str();
 }
 
 int64_t read_index(const Matrix& matrix, bool wide, int64_t row, int64_t column) {
@@ -108,17 +110,17 @@ double mean_divisor(int64_t reduction, double sum, bool safe_mean) {
 
 Tensor reduce_rows(const Tensor& logits, const std::vector<double>& rows, int64_t reduction, double divisor,
                    const std::optional<ScalarType>& out_dtype) {
-  const ScalarType dtype = out_dtype.value_or(logits.scalar_type());
+  const DType type = out_dtype ? dtype_of(*out_dtype) : check_floating("loss", "logits", logits);
+  const ScalarType dtype = scalar_type_of(type);
   if (reduction == kReductionNone) {
-    Tensor out = torch::stable::new_empty(logits, {int64_t(rows.size())}, dtype);
-    const DType type = check_floating("loss", "out", out);
+    Tensor out = new_tensor(logits, {int64_t(rows.size())}, dtype);
     for (size_t row = 0; row < rows.size(); ++row) write_element(out.mutable_data_ptr(), type, int64_t(row), rows[row]);
     return out;
   }
   double total = 0;
   for (const double row : rows) total += row;
-  Tensor out = torch::stable::new_empty(logits, {}, dtype);
-  write_element(out.mutable_data_ptr(), check_floating("loss", "out", out), 0, total / divisor);
+  Tensor out = new_tensor(logits, {}, dtype);
+  write_element(out.mutable_data_ptr(), type, 0, total / divisor);
   return out;
 }
 
@@ -132,6 +134,8 @@ std::vector<double> read_row_gradients(const LossArguments& arguments, const Ten
   return result;
 }
 
-bool use_nontemporal(int64_t bytes) { return bytes >= (int64_t(32) << 20); }
+bool use_nontemporal(const LossArguments& arguments, const LargeOutput& output) {
+  return !output.fresh && arguments.rows * arguments.classes * element_bytes(arguments.dtype) >= (int64_t(32) << 20);
+}
 
 }  // namespace pyops

@@ -63,8 +63,8 @@ void for_each_stretch(const LossArguments& arguments, const Function& f) {
   });
 }
 
-// Whether an output of this size should bypass the caches.
-bool use_nontemporal(int64_t bytes);
+// Whether stores should bypass the caches: the output is far larger than they are and its pages are there.
+bool use_nontemporal(const LossArguments& arguments, const LargeOutput& output);
 
 inline char* element_pointer(const Tensor& rows, DType dtype, int64_t row, int64_t column) {
   return static_cast<char*>(rows.data_ptr()) + (row * rows.stride(0) + column) * element_bytes(dtype);
@@ -80,10 +80,8 @@ inline char* element_pointer(const Tensor& rows, DType dtype, int64_t row, int64
 // duplicate targets and the streaming part is rounded once.
 template <class Rows>
 void run_backward(const LossArguments& arguments, const Rows& rows, const std::vector<int64_t>& indices,
-                  const std::vector<double>& upstream, const Tensor& logits, Tensor& out) {
+                  const std::vector<double>& upstream, const Tensor& logits, Tensor& out, bool nontemporal) {
   const int64_t targets = arguments.targets, bytes = element_bytes(arguments.dtype);
-  const bool in_place = logits.data_ptr() == out.data_ptr();
-  const bool nontemporal = !in_place && use_nontemporal(arguments.rows * arguments.classes * bytes);
   for_each_stretch(arguments, [&](int64_t row, int64_t, int64_t begin, int64_t size) {
     const char* x = element_pointer(logits, arguments.dtype, row, begin);
     char* result = element_pointer(out, arguments.dtype, row, begin);

@@ -89,14 +89,14 @@ std::tuple<Tensor, Tensor, Tensor> spherical_loss_cpu(
                                                        target_weight, weight, label_smoothing, reduction, out_dtype);
   const RowTargets targets = read_targets(arguments, target, target_weight, weight, ignore_index);
   const Tensor logits = rows_dense(logits_in);
-  Tensor statistics = torch::stable::new_empty(logits, {arguments.rows, kTargetGradient + arguments.targets},
+  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets},
                                                statistics_scalar_type(arguments));
   const std::vector<double> losses =
       arguments.statistics_dtype == DType::float64
           ? finish_rows<double>(arguments, logits, options, targets, statistics)
           : finish_rows<float>(arguments, logits, options, targets, statistics);
   const double divisor = mean_divisor(reduction, targets.weight_sum, safe_mean);
-  Tensor normalizer = torch::stable::new_empty(logits, {}, ScalarType::Double);
+  Tensor normalizer = new_tensor(logits, {}, ScalarType::Double);
   *static_cast<double*>(normalizer.mutable_data_ptr()) = divisor;
   return {reduce_rows(logits, losses, reduction, divisor, out_dtype), statistics, normalizer};
 }
@@ -136,13 +136,13 @@ struct SphericalRows {
 
 void backward_into(const LossArguments& arguments, const SphericalOptions& options, const Tensor& grad_loss,
                    const Tensor& logits, const Tensor& target, const Tensor& statistics_in, const Tensor& normalizer,
-                   Tensor& out) {
-  const Tensor statistics = torch::stable::contiguous(statistics_in);
+                   Tensor& out, bool nontemporal) {
+  const Tensor statistics = as_contiguous(statistics_in);
   const SphericalRows rows{arguments, options, statistics.const_data_ptr(),
                            *static_cast<const double*>(normalizer.const_data_ptr()),
                            kernels().gradient[int(arguments.dtype)]};
   run_backward(arguments, rows, read_target_indices(arguments, target, statistics, kTargetGradient),
-               read_row_gradients(arguments, grad_loss), logits, out);
+               read_row_gradients(arguments, grad_loss), logits, out, nontemporal);
 }
 
 Tensor spherical_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits_in, const Tensor& target,
@@ -152,9 +152,10 @@ Tensor spherical_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits
   const LossArguments arguments = check_backward_arguments(spherical_op_name(options.loss, true), grad_loss, logits_in,
                                                            target, statistics, normalizer, kTargetGradient, 1);
   const Tensor logits = rows_dense(logits_in);
-  Tensor out = torch::stable::new_empty(logits, {arguments.rows, arguments.classes});
-  backward_into(arguments, options, grad_loss, logits, target, statistics, normalizer, out);
-  return out;
+  LargeOutput out = new_large_output(logits, arguments.rows, arguments.classes);
+  backward_into(arguments, options, grad_loss, logits, target, statistics, normalizer, out.tensor,
+                use_nontemporal(arguments, out));
+  return out.tensor;
 }
 
 void spherical_loss_backward_cpu_(const Tensor& grad_loss, Tensor logits, const Tensor& target,
@@ -165,7 +166,7 @@ void spherical_loss_backward_cpu_(const Tensor& grad_loss, Tensor logits, const 
                                                            target, statistics, normalizer, kTargetGradient, 1);
   check_rows_distinct(arguments, logits);
   Tensor dense = rows_dense(logits);
-  backward_into(arguments, options, grad_loss, dense, target, statistics, normalizer, dense);
+  backward_into(arguments, options, grad_loss, dense, target, statistics, normalizer, dense, false);
   if (dense.const_data_ptr() != logits.const_data_ptr()) torch::stable::copy_(logits, dense);
 }
 

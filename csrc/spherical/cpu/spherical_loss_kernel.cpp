@@ -33,6 +33,7 @@ PYOPS_INLINE ShiftedSums shifted_sums(const T* x, int64_t n, typename Accumulati
   int64_t i = 0;
   for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
     for (int u = 0; u < kUnroll; ++u) {
+      prefetch_ahead(x + i + u * lanes);
       const auto d = load(x + i + u * lanes) - shift;
       sum[u] += d;
       squares[u] += d * d;
