@@ -28,9 +28,7 @@ def find_tools() -> tuple[Path, str]:
     torch = importlib.util.find_spec("torch")
     pybind11 = importlib.util.find_spec("pybind11")
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    missing = [
-        name for name, found in (("torch", torch), ("pybind11", pybind11), ("cmake", cmake)) if not found
-    ]
+    missing = [name for name, found in (("torch", torch), ("pybind11", pybind11), ("cmake", cmake)) if not found]
     if missing:
         raise SystemExit(f"pyops: cannot build, missing {', '.join(missing)}. {ADVICE}")
     return Path(torch.origin).parent, cmake

@@ -47,9 +47,7 @@ def refuse_second_derivative(name: str) -> None:
             "second derivative is exact"
         )
 
-    torch.library.register_autograd(
-        f"pyops::{name}", backward, setup_context=lambda ctx, inputs, output: None
-    )
+    torch.library.register_autograd(f"pyops::{name}", backward, setup_context=lambda ctx, inputs, output: None)
 
 
 def reject(op: str, argument: str, rule: str, got: object, error: type[Exception] = RuntimeError) -> None:

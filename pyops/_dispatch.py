@@ -114,7 +114,9 @@ def _route(op: Op, key: str, keyset, *args):
     if wanted is not None:
         reasons = op.reasons_against(wanted, args)
         if reasons:
-            raise RuntimeError(f"pyops::{op.name}: backend {wanted} was asked for but cannot serve: {'; '.join(reasons)}")
+            raise RuntimeError(
+                f"pyops::{op.name}: backend {wanted} was asked for but cannot serve: {'; '.join(reasons)}"
+            )
         return op.run(wanted, keyset, args)
     rejected = []
     for backend in _ORDER[device]:
@@ -212,7 +214,7 @@ def restored(choice: dict[str, str] | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: the backend that would run, the kernel level, and why not the others."""
+    """What :func:`explain` found: the backend that would run, its CPU kernel level, and why not the others."""
 
     op: str
     backend: str
@@ -246,4 +248,4 @@ def explain_op(name: str, args: tuple) -> Explanation:
             rejected[backend] = [f"{chosen} comes first"]
     if chosen is None:
         raise RuntimeError(f"pyops::{name}: no backend can serve: {rejected}")
-    return Explanation(name, chosen, _lib.native.current_isa() if chosen == "cpu" else None, rejected)
+    return Explanation(name, chosen, _lib.kernel_level() if chosen == "cpu" else None, rejected)

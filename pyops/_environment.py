@@ -25,7 +25,10 @@ def _backend_choice(text: str) -> bool:
 
 VARIABLES = {
     "PYOPS_BACKEND": Variable(
-        "", "cuda, triton, cpu, reference, or family=backend,...", "backend to use, as use_backend()", _backend_choice
+        "",
+        "cuda, triton, cpu, reference, or family=backend,...",
+        "backend to use, as use_backend()",
+        _backend_choice,
     ),
     "PYOPS_CPU_ISA": Variable(
         "", ", ".join(ISA_LEVELS), "cap on the CPU kernel level", lambda text: text in ISA_LEVELS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 
@@ -61,4 +62,5 @@ def explain(op: str | Callable, *args, **kwargs) -> _dispatch.Explanation:
     dispatcher_op, function, arguments = _FUNCTIONS[name]
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    return _dispatch.explain_op(dispatcher_op, arguments(dict(bound.arguments)))
+    found = _dispatch.explain_op(dispatcher_op, arguments(dict(bound.arguments)))
+    return dataclasses.replace(found, op=name)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from pyops._environment import ISA_LEVELS
+
 _FOLDER = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps pyops-kernels"
@@ -58,3 +60,13 @@ def load() -> None:
         unavailable["cuda"] = str(error)
     if not torch.cuda.is_available():
         unavailable.setdefault("cuda", "no CUDA device is available to torch")
+
+
+#: Levels that the CPU kernels are compiled for, lowest first (CMakeLists.txt).
+KERNEL_LEVELS = ("baseline", "avx2", "avx512")
+
+
+def kernel_level() -> str:
+    """The compiled level that runs now: the highest one at or below the processor's and the cap."""
+    order = ISA_LEVELS.index(native.current_isa())
+    return next(level for level in reversed(KERNEL_LEVELS) if ISA_LEVELS.index(level) <= order)

@@ -39,7 +39,9 @@ def make_environment(folder: Path) -> Path:
     """A clean virtual environment that sees this environment's torch and numpy and nothing else of ours."""
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
-    site = Path(subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip())
+    site = Path(
+        subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+    )
     import torch
 
     # The downloads of torch's dependencies are minutes: link the folders of torch, numpy and what they import.
@@ -56,7 +58,19 @@ def make_environment(folder: Path) -> Path:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT, cwd=folder)
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-build-isolation",
+            "--no-deps",
+            "-w",
+            folder,
+            ROOT,
+            cwd=folder,
+        )
         (wheel,) = folder.glob("*.whl")
         check_contents(wheel)
         python = make_environment(folder / "venv")
@@ -64,7 +78,9 @@ def main() -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYOPS_", "PYTHON"))}
         run(python, "-m", "pyops", "selftest", "--quick", cwd=folder, env=environment)
         run(python, "-m", "pyops", "info", cwd=folder, env=environment)
-        inside = "import pyops, sys; assert '/venv/' in pyops.__file__, pyops.__file__; assert 'triton' not in sys.modules"
+        inside = (
+            "import pyops, sys; assert '/venv/' in pyops.__file__, pyops.__file__; assert 'triton' not in sys.modules"
+        )
         run(python, "-c", inside, cwd=folder, env=environment)
         print(f"wheel check passed: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
 

@@ -87,6 +87,8 @@ PYOPS_DEVICE float ex2(float x) {
   return power < 1.17549435e-38f ? 0.0f : power;
 }
 
+PYOPS_DEVICE Bits128 reread(const Bits128& bits) { return bits; }
+
 #else
 
 template <class... Parameters, class... Arguments>
@@ -154,6 +156,14 @@ PYOPS_DEVICE float ex2(float x) {
   return power;
 }
 
+// The same bits, unknown to the compiler: what a rare path computes from them it computes again, instead of holding
+// the unpacked values of the common path in registers.
+PYOPS_DEVICE Bits128 reread(const Bits128& bits) {
+  Bits128 same = bits;
+  asm volatile("" : "+r"(same.word[0]), "+r"(same.word[1]), "+r"(same.word[2]), "+r"(same.word[3]));
+  return same;
+}
+
 #endif
 
 PYOPS_DEVICE bfloat16 f_bf16(float value) { return {uint16_t(f_bf16x2(value, 0.0f))}; }
@@ -180,6 +190,15 @@ PYOPS_DEVICE void narrow(float value, float16& out) { out = f_f16(value); }
 
 template <class T>
 constexpr int kVectorElements = int(16 / sizeof(T));
+
+// A vector whose first element is `element`, the others 0.
+template <class T>
+PYOPS_DEVICE Bits128 first_element(T element) {
+  T elements[kVectorElements<T>] = {element};
+  Bits128 bits;
+  memcpy(&bits, elements, 16);
+  return bits;
+}
 
 PYOPS_DEVICE void unpack(const Bits128& bits, float (&values)[4], const float*) { memcpy(values, &bits, 16); }
 PYOPS_DEVICE void unpack(const Bits128& bits, double (&values)[2], const double*) { memcpy(values, &bits, 16); }

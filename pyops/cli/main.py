@@ -63,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON for a program to read")
         return command
 
-    add("info", _info, "versions, build, libraries found, CPU level, backends of every op and why some are missing")
+    add(
+        "info",
+        _info,
+        "versions, build, libraries found, CPU level, backends of every op and why some are missing",
+    )
     add("env", _env, "every environment variable: allowed values, default, current value, meaning")
     selftest = add("selftest", _selftest, "run every op on every backend that is here, against the float64 reference")
     length = selftest.add_mutually_exclusive_group()

@@ -62,7 +62,7 @@ def backends(device: str) -> Iterator[tuple[str, Callable]]:
     """(label, context manager factory) of everything that can run on ``device``."""
     if device == "cpu":
         allowed = _environment.ISA_LEVELS.index(_lib.native.current_isa())
-        for level in ("baseline", "avx2", "avx512"):
+        for level in _lib.KERNEL_LEVELS:
             if _environment.ISA_LEVELS.index(level) <= allowed:
                 yield f"cpu:{level}", lambda level=level: _cpu_level(level)
     elif "cuda" not in _lib.unavailable:

@@ -88,9 +88,7 @@ refuse_second_derivative("cross_entropy_backward")
 
 def _register_autocast() -> None:
     def kernel(excluded, logits, target, target_weight, weight, *options):
-        logits, target_weight, weight, out_dtype = autocast_arguments(
-            logits, target_weight, weight, options[-1]
-        )
+        logits, target_weight, weight, out_dtype = autocast_arguments(logits, target_weight, weight, options[-1])
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return _op(logits, target, target_weight, weight, *options[:-1], out_dtype)
 

@@ -124,9 +124,7 @@ def cross_entropy(
         empty = _reduce(rows, torch.zeros_like(rows.sum()), reduction, safe_mean)
         return empty, empty
     classes = logits.shape[1]
-    logits, chosen, own, omega, row_weight, ignored = _rows(
-        logits, target, target_weight, weight, ignore_index
-    )
+    logits, chosen, own, omega, row_weight, ignored = _rows(logits, target, target_weight, weight, ignore_index)
     log_probability = torch.log_softmax(logits, 1)
     chosen = log_probability.gather(1, _targets(logits, target, target_weight, weight, ignore_index)[0])
     rows = -torch.where(omega == 0, torch.zeros_like(chosen), (1 - label_smoothing) * omega * chosen).sum(1)

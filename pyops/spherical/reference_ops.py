@@ -54,9 +54,7 @@ def spherical_loss(
     name = reference_name(loss)
     _checks.spherical_options(name, loss, a, b, eps)
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
-    o, index, _own, omega, row_weight, ignored = _prepare(
-        name, logits, target, target_weight, weight, ignore_index
-    )
+    o, index, _own, omega, row_weight, ignored = _prepare(name, logits, target, target_weight, weight, ignore_index)
     classes, keep = o.shape[1], 1 - label_smoothing
     chosen = o.gather(1, index)
     mean = o.mean(1, keepdim=True)
@@ -142,9 +140,7 @@ def cross_entropy(
 ):  # fmt: skip
     name = "cross_entropy"
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
-    o, index, own, omega, row_weight, ignored = _prepare(
-        name, logits, target, target_weight, weight, ignore_index
-    )
+    o, index, own, omega, row_weight, ignored = _prepare(name, logits, target, target_weight, weight, ignore_index)
     classes = o.shape[1]
     class_weight = torch.ones_like(o[:1]) if weight is None else weight.double().unsqueeze(0)
     maximum = o.max(1, keepdim=True).values

@@ -92,9 +92,7 @@ refuse_second_derivative("spherical_loss_backward")
 
 def _register_autocast() -> None:
     def kernel(excluded, logits, target, target_weight, weight, *options):
-        logits, target_weight, weight, out_dtype = autocast_arguments(
-            logits, target_weight, weight, options[-1]
-        )
+        logits, target_weight, weight, out_dtype = autocast_arguments(logits, target_weight, weight, options[-1])
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return _op(logits, target, target_weight, weight, *options[:-1], out_dtype)
 
@@ -183,14 +181,33 @@ def _call(
         return _composite(*args)
     if args[0].requires_grad and torch.is_grad_enabled():
         if inplace_backward and args[0].is_leaf:
-            reject(_NAMES[loss], "logits", "not be a leaf with inplace_backward=True", "a leaf that requires grad")
+            reject(
+                _NAMES[loss],
+                "logits",
+                "not be a leaf with inplace_backward=True",
+                "a leaf that requires grad",
+            )
         return _SphericalLoss.apply(args[0], args, inplace_backward)
     with below_autograd():
         return _op(*args)[0]
 
 
 def _fake_checks(args) -> None:
-    logits, target, target_weight, weight, loss, _a, _b, _eps, smoothing, _ignore, reduction, _safe, out_dtype = args
+    (
+        logits,
+        target,
+        target_weight,
+        weight,
+        loss,
+        _a,
+        _b,
+        _eps,
+        smoothing,
+        _ignore,
+        reduction,
+        _safe,
+        out_dtype,
+    ) = args
     _checks.forward(_NAMES[loss], logits, target, target_weight, weight, smoothing, reduction, out_dtype)
 
 

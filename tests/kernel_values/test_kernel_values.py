@@ -15,7 +15,16 @@ CROSS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 
 def build_and_run(compiler: str, runner: list[str], folder: Path) -> str:
     program = folder / "kernel_values"
-    command = [compiler, "-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", "-static", "-DPYOPS_ISA=baseline"]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O3",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-static",
+        "-DPYOPS_ISA=baseline",
+    ]
     command += [str(path) for path in (*KERNELS, ROOT / "tests/kernel_values/driver.cpp")]
     subprocess.run([*command, "-o", str(program)], check=True, capture_output=True, text=True)
     result = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=300)

@@ -43,13 +43,14 @@ class Tile(NamedTuple):
 def configs(dtype: torch.dtype) -> tuple[Tile, ...]:
     """All tiles shipped for logits of a dtype, narrowest first; a row longer than the last one is walked.
 
-    A thread holds 32 elements of the 16-bit types in the long tile and 16 in the others, half as many of the wider
-    types: four and two 16-byte loads in flight (twice that for float64).
+    A thread of the long tile holds 32 elements of the 16-bit types or 16 of the wider ones: four 16-byte loads in
+    flight (eight for float64). The others are bound by what surrounds the loads rather than by the loads; tiles of
+    several rows need an address per element when rows are not 16-byte vectors, so a thread gets 8 elements there.
     """
     warps = 1 if dtype.itemsize == 2 else 2
     return (
-        Tile(rows=16, columns=64, num_warps=2 * warps),
-        Tile(rows=4, columns=256, num_warps=2 * warps),
+        Tile(rows=16, columns=64, num_warps=4),
+        Tile(rows=4, columns=256, num_warps=4),
         Tile(rows=1, columns=1024, num_warps=2 * warps),
         Tile(rows=1, columns=4096, num_warps=4 * warps),
     )
@@ -269,10 +270,9 @@ def add_target_gradients(gradient, target, statistics, scale, row, rows, first, 
 
 
 @triton.jit
-def upstream_over(grad_loss, grad_loss_stride, normalizer, row, rows):
-    """Upstream gradient of each row over the divisor of the mean, in float64."""
-    upstream = widen(tl.load(grad_loss + row * grad_loss_stride, mask=row < rows, other=0))
-    return upstream / tl.load(normalizer)
+def load_upstream(grad_loss, grad_loss_stride, row, rows):
+    """Upstream gradient of each row in float64; stride 0 repeats a scalar."""
+    return widen(tl.load(grad_loss + row * grad_loss_stride, mask=row < rows, other=0))
 
 
 @triton.jit

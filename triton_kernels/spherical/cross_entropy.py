@@ -21,6 +21,7 @@ from ._common import (
     any_row_counts,
     load_target,
     load_tile,
+    load_upstream,
     part_span,
     row_skew,
     scaled_statistic,
@@ -28,7 +29,6 @@ from ._common import (
     store_tile,
     tile_mask,
     tile_pointers,
-    upstream_over,
     widen,
 )
 
@@ -262,8 +262,9 @@ def logits_gradient(
     row = first_row + tl.arange(0, ROWS)
     there = row < rows
     first = block % column_blocks * COLUMNS - row_skew(first_row, row_stride, lead, PEEL, VECTOR)
-    scale = upstream_over(grad_loss, grad_loss_stride, normalizer, row, rows)
-    z_scale = upstream_over(grad_loss, grad_loss_stride, normalizer + 1, row, rows)
+    upstream = load_upstream(grad_loss, grad_loss_stride, row, rows)
+    scale = upstream / tl.load(normalizer)
+    z_scale = upstream / tl.load(normalizer + 1)
     numbers = statistics + row * statistics_stride
     maximum = tl.load(numbers + MAXIMUM, mask=there, other=0)
     slope = scaled_statistic(tl.load(numbers + SLOPE, mask=there, other=0), scale, tl.float64)

@@ -21,6 +21,7 @@ from ._common import (
     any_row_counts,
     load_target,
     load_tile,
+    load_upstream,
     part_span,
     row_skew,
     scaled_statistic,
@@ -28,7 +29,6 @@ from ._common import (
     store_tile,
     tile_mask,
     tile_pointers,
-    upstream_over,
     widen,
 )
 
@@ -110,8 +110,8 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
         u = a * (b - keep * z)
         rho = omega * keep * sigmoid(u)
         loss = omega * softplus(u) / a
-        slope = rho * z * scale / classes
         shift = rho * scale / classes
+        slope = shift * z
         gradient = -rho * scale
     elif LOSS == MSE_ONEHOT:
         # sum_k (o_k - t_k)^2 with t = keep * onehot + smoothing / classes.
@@ -124,11 +124,11 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
         if LOSS == TAYLOR_SOFTMAX:
             total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * m2
             slope = omega / total
-            shift = omega * (1 + mean) / total
+            shift = slope * (1 + mean)
         else:
             total = m2 + classes * (mean * mean + eps)
             slope = 2 * omega / total
-            shift = 2 * omega * mean / total
+            shift = slope * mean
         log_chosen = tl.log(unnormalised(o, eps, LOSS))
         loss = omega * (tl.log(total) - keep * log_chosen - smoothing / classes * sum_log)
         smooth = -omega * smoothing / classes
@@ -403,7 +403,7 @@ def logits_gradient(
     row = first_row + tl.arange(0, ROWS)
     there = row < rows
     first = block % column_blocks * COLUMNS - row_skew(first_row, row_stride, lead, PEEL, VECTOR)
-    scale = upstream_over(grad_loss, grad_loss_stride, normalizer, row, rows)
+    scale = load_upstream(grad_loss, grad_loss_stride, row, rows) / tl.load(normalizer)
     numbers = statistics + row * statistics_stride
     center = tl.load(numbers + CENTER, mask=there, other=0)
     inverse_scale = tl.load(numbers + INVERSE_SCALE, mask=there, other=0)

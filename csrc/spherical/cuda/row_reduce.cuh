@@ -91,9 +91,9 @@ PYOPS_DEVICE int elements_to_boundary(const T* x, int columns) {
   return head < columns ? head : columns;
 }
 
-// Streams x[0, columns) through the block. Each thread hands its elements to taker.take(o, column, step), where
-// o[a][b] is the element of column `column + a * step + b`. Vectors lie on 16-byte boundaries whatever the
-// alignment of x; the few elements before the first and after the last one are taken singly.
+// Streams x[0, columns) through the block: each thread hands its elements to taker.take<kB>(bits, column, step),
+// where element b < kB of bits[a] is that of column `column + a * step + b`. Vectors lie on 16-byte boundaries
+// whatever the alignment of x; the few elements before the first and after the last one are taken singly.
 template <class T, class Taker>
 PYOPS_DEVICE void read_row(const T* x, int columns, Taker& taker) {
   constexpr int width = dev::kVectorElements<T>;
@@ -105,21 +105,17 @@ PYOPS_DEVICE void read_row(const T* x, int columns, Taker& taker) {
     dev::Bits128 bits[kVectorsInFlight];
 #pragma unroll
     for (int a = 0; a < kVectorsInFlight; ++a) bits[a] = dev::ldg128(x + column + a * step);
-    RealOf<T> o[kVectorsInFlight][width];
-#pragma unroll
-    for (int a = 0; a < kVectorsInFlight; ++a) dev::unpack(bits[a], o[a], x);
-    taker.take(o, column, step);
+    taker.template take<width>(bits, column, step);
   }
   for (; column < body_end; column += step) {
-    RealOf<T> o[1][width];
-    dev::unpack(dev::ldg128(x + column), o[0], x);
-    taker.take(o, column, step);
+    const dev::Bits128 bits[1] = {dev::ldg128(x + column)};
+    taker.template take<width>(bits, column, step);
   }
   const int single = int(threadIdx.x);  // at most 2 * (width - 1) of them: fewer than a warp has lanes
   if (single < head + columns - body_end) {
     const int k = single < head ? single : body_end + (single - head);
-    const RealOf<T> o[1][1] = {{dev::widen(x[k])}};
-    taker.take(o, k, step);
+    const dev::Bits128 bits[1] = {dev::first_element(x[k])};
+    taker.template take<1>(bits, k, step);
   }
 }
 
@@ -235,7 +231,10 @@ PYOPS_DEVICE Target read_target(const LossRows& rows, int64_t row, int64_t posit
 template <class T>
 PYOPS_DEVICE bool row_counts(const LossRows& rows, int64_t row, const char* message) {
   bool counts = false;
-  for (int64_t j = dev::lane(); j < rows.targets; j += 32) counts = counts || read_target<T>(rows, row, j, message).counts;
+#pragma unroll 1
+  for (int64_t j = dev::lane(); j < rows.targets; j += 32) {
+    counts = counts || read_target<T>(rows, row, j, message).counts;
+  }
   return __any_sync(dev::kFullWarp, counts) != 0;
 }
 

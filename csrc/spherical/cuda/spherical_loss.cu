@@ -25,7 +25,6 @@ namespace pyops {
 namespace {
 
 constexpr int kLongestRun = 2048;
-constexpr int kResultColumns = 2;  // of row_results: loss, row weight
 
 PYOPS_DEVICE const char* out_of_range(SphericalLoss loss) {
   switch (loss) {
@@ -72,47 +71,49 @@ struct NormalRange<double> {
 };
 
 // sum log n(o) with one logarithm for all elements: mantissas are multiplied (at most 32 of them, each below 2) and
-// exponents added. Computes in Wide; false if some n is no positive normal number there.
-template <class Wide, int kA, int kB, class Real>
-PYOPS_DEVICE bool sum_log(const Real (&o)[kA][kB], const SphericalOptions& options, double& sum) {
-  const Wide eps = Wide(options.eps);
-  Wide product[kA];
+// exponents added. Computes in RealOf<T>; false if some n is no positive normal number there.
+template <class T, int kB, int kA>
+PYOPS_DEVICE bool sum_log(const dev::Bits128 (&bits)[kA], const SphericalOptions& options, double& sum) {
+  using Real = RealOf<T>;
+  const Real eps = Real(options.eps);
+  double product = 1;
   int exponents = 0;
   bool ordinary = true;
 #pragma unroll
   for (int a = 0; a < kA; ++a) {
-    product[a] = 1;
+    Real o[dev::kVectorElements<T>], vector_product = 1;
+    dev::unpack(bits[a], o, static_cast<const T*>(nullptr));
 #pragma unroll
     for (int b = 0; b < kB; ++b) {
-      const Wide n = unnormalised(options.loss, Wide(o[a][b]), eps);
-      ordinary = ordinary && n >= NormalRange<Wide>::smallest && n <= NormalRange<Wide>::largest;
+      const Real n = unnormalised(options.loss, o[b], eps);
+      ordinary = ordinary && n >= NormalRange<Real>::smallest && n <= NormalRange<Real>::largest;
       int exponent;
-      product[a] *= mantissa_of(n, exponent);
+      vector_product *= mantissa_of(n, exponent);
       exponents += exponent;
     }
+    product *= double(vector_product);
   }
-  double all = 1;
-#pragma unroll
-  for (int a = 0; a < kA; ++a) all *= double(product[a]);
-  sum = log(all) + exponents * 0.693147180559945309417;
+  sum = log(product) + exponents * 0.693147180559945309417;
   return ordinary;
 }
 
-// The same for elements of which some n is zero, subnormal, infinite or NaN: each of these gives what its logarithm
-// would, also 0 (eps = 0) its -infinity.
-template <int kA, int kB, class Real>
-PYOPS_DEVICE double sum_log_special(const Real (&o)[kA][kB], const SphericalOptions& options) {
+// The same for elements of which some n is zero, subnormal, infinite or NaN in RealOf<T>: in double, and each special
+// value gives what its logarithm would, also 0 (eps = 0) its -infinity.
+template <class T, int kB, int kA>
+PYOPS_DEVICE double sum_log_special(const dev::Bits128 (&bits)[kA], const SphericalOptions& options) {
   double special = 0, product = 1;
   int exponents = 0;
 #pragma unroll
   for (int a = 0; a < kA; ++a) {
+    RealOf<T> o[dev::kVectorElements<T>];
+    dev::unpack(dev::reread(bits[a]), o, static_cast<const T*>(nullptr));
 #pragma unroll
     for (int b = 0; b < kB; ++b) {
-      double n = unnormalised(options.loss, double(o[a][b]), options.eps);
+      double n = unnormalised(options.loss, double(o[b]), options.eps);
       if (n == 0) special -= HUGE_VAL;
       if (!(n <= NormalRange<double>::largest)) special += n;
       const bool subnormal = n < NormalRange<double>::smallest;
-      if (subnormal) n *= 18014398509481984.0;  // 2^54
+      if (subnormal) n *= 0x1p54;
       int exponent;
       product *= mantissa_of(n, exponent);
       exponents += exponent - (subnormal ? 54 : 0);
@@ -124,25 +125,21 @@ PYOPS_DEVICE double sum_log_special(const Real (&o)[kA][kB], const SphericalOpti
 // ---- moments of a thread --------------------------------------------------------------------------------
 
 // Sums of d = scale * o - shift and of d^2, in one chain per vector.
-template <int kA, int kB, class Real>
-PYOPS_DEVICE void shifted_sums(const Real (&o)[kA][kB], Real scale, Real shift, Real& sum, Real& squares) {
-  Real sums[kA], square_sums[kA];
+template <class T, int kB, int kA, class Real>
+PYOPS_DEVICE void shifted_sums(const dev::Bits128 (&bits)[kA], Real scale, Real shift, Real& sum, Real& squares) {
+  sum = squares = 0;
 #pragma unroll
   for (int a = 0; a < kA; ++a) {
-    sums[a] = square_sums[a] = 0;
+    Real o[dev::kVectorElements<T>], vector_sum = 0, vector_squares = 0;
+    dev::unpack(bits[a], o, static_cast<const T*>(nullptr));
 #pragma unroll
     for (int b = 0; b < kB; ++b) {
-      const Real d = o[a][b] * scale - shift;
-      sums[a] += d;
-      square_sums[a] += d * d;
+      const Real d = o[b] * scale - shift;
+      vector_sum += d;
+      vector_squares += d * d;
     }
-  }
-  sum = sums[0];
-  squares = square_sums[0];
-#pragma unroll
-  for (int a = 1; a < kA; ++a) {
-    sum += sums[a];
-    squares += square_sums[a];
+    sum += vector_sum;
+    squares += vector_squares;
   }
 }
 
@@ -155,65 +152,81 @@ struct MomentSums {
   using Real = RealOf<T>;
   const SphericalOptions& options;
   Real shift = 0, sum = 0, squares = 0;
-  int count = 0;
-  double done = 0;  // elements in `total`
-  RowMoments total = {0, 0, 0};
+  Real scale = 1;   // the run holds scale * o; other than 1 for the elements of one take() at most
+  int count = 0;    // elements in the run
+  double done = 0;  // elements in the runs that are closed, their mean and m2
+  double mean = 0, m2 = 0;
+  double log_sum = 0;
 
   PYOPS_DEVICE explicit MomentSums(const SphericalOptions& o) : options(o) {}
 
   PYOPS_DEVICE static bool in_range(Real squares, int count) {
-    if constexpr (sizeof(Real) == 8) return squares == squares;
-    else return squares < Real(1e30) && (squares >= Real(1e-30) * Real(count) || squares == 0);
+    if constexpr (sizeof(Real) == 8) {
+      return squares == squares;
+    } else {
+      return squares < Real(1e30) && (squares >= Real(1e-30) * Real(count) || squares == 0);
+    }
   }
 
-  template <int kA, int kB>
-  PYOPS_DEVICE void take(const Real (&o)[kA][kB], int, int) {
+  template <int kB, int kA>
+  PYOPS_DEVICE void take(const dev::Bits128 (&bits)[kA], int, int) {
     if constexpr (kWithLog) {
       double logs;
-      if (!sum_log<Real>(o, options, logs)) logs = sum_log_special(o, options);
-      total.sum_log += logs;
+      if (!sum_log<T, kB>(bits, options, logs)) logs = sum_log_special<T, kB>(bits, options);
+      log_sum += logs;
     }
+    constexpr int n = kA * kB;
     Real d_sum, d_squares;
-    shifted_sums(o, Real(1), shift, d_sum, d_squares);
+    shifted_sums<T, kB>(bits, Real(1), shift, d_sum, d_squares);
     const Real new_sum = sum + d_sum, new_squares = squares + d_squares;
-    const int new_count = count + kA * kB;
-    if (new_sum * new_sum <= Real(0.5) * Real(new_count) * new_squares && in_range(new_squares, new_count)) {
+    const int new_count = count + n;
+    if (new_sum * new_sum <= Real(0.5) * Real(new_count) * new_squares && in_range(new_squares, new_count) &&
+        scale == 1 && new_count <= kLongestRun) {
       sum = new_sum;
       squares = new_squares;
       count = new_count;
-      if (count >= kLongestRun) close();
     } else {
       close();
-      restart(o);
+      restart<kB>(bits);
     }
   }
 
-  // A new run of these elements about their mean. Elements whose squares do not fit float are taken again, scaled by
-  // a power of two, and go to the total at once.
-  template <int kA, int kB>
-  PYOPS_DEVICE void restart(const Real (&o)[kA][kB]) {
+  // A new run of these elements about their mean. If their squares do not fit float they are taken scaled by a power
+  // of two, and the run ends with them.
+  template <int kB, int kA>
+  PYOPS_DEVICE void restart(const dev::Bits128 (&taken)[kA]) {
     constexpr int n = kA * kB;
-    Real scale = 1;
+    dev::Bits128 bits[kA];
+#pragma unroll
+    for (int a = 0; a < kA; ++a) bits[a] = taken[a];
+    Real o[dev::kVectorElements<T>];
+    dev::unpack(bits[0], o, static_cast<const T*>(nullptr));
+    const Real first = o[0];
+    scale = 1;
+    count = n;
 #pragma unroll 1
-    for (int attempt = 0;; ++attempt) {
-      const Real pivot = o[0][0] * scale;  // equal elements have exactly this mean and m2 = 0
-      shifted_sums(o, scale, pivot, sum, squares);
-      shift = pivot + sum * Real(1.0 / n);
-      shifted_sums(o, scale, shift, sum, squares);
-      if (attempt == 1 || in_range(squares, n)) break;
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      shift = first * scale;  // equal elements get exactly this mean, and m2 = 0
+#pragma unroll 1
+      for (int pass = 0; pass < 2; ++pass) {
+        if (pass == 1) shift += sum * Real(1.0 / n);
+#pragma unroll
+        for (int a = 0; a < kA; ++a) bits[a] = dev::reread(bits[a]);
+        shifted_sums<T, kB>(bits, scale, shift, sum, squares);
+      }
+      if (attempt == 1 || in_range(squares, n)) return;
       scale = squares < 1 ? Real(0x1p100) : Real(0x1p-70);
     }
-    count = n;
-    if (scale == 1) return;
-    close(1 / double(scale));
-    shift = 0;
   }
 
-  PYOPS_DEVICE void close(double unscale = 1) {
+  PYOPS_DEVICE void close() {
     if (count == 0) return;
-    const double n = double(count), rest = double(sum) / n, m2 = double(squares) - double(sum) * rest;
-    merge_moments(done, total, n, {(double(shift) + rest) * unscale, m2 * unscale * unscale, 0});
-    sum = squares = 0;
+    const double n = double(count), rest = double(sum) / n, unscale = 1 / double(scale);
+    const double run_m2 = double(squares) - double(sum) * rest;
+    RowMoments total = {mean, m2, 0};
+    merge_moments(done, total, n, {(double(shift) + rest) * unscale, run_m2 * unscale * unscale, 0});
+    mean = total.mean;
+    m2 = total.m2;
     count = 0;
   }
 };
@@ -261,7 +274,7 @@ __global__ void __launch_bounds__(kMaximumThreads, 2)
   read_row(x, columns, sums);
   sums.close();
   const double pivot = double(dev::widen(x[0]));
-  const RowMoments moments = merge_in_block(sums.done, sums.total, double(columns), pivot, scratch);
+  const RowMoments moments = merge_in_block(sums.done, {sums.mean, sums.m2, sums.log_sum}, double(columns), pivot, scratch);
   if (threadIdx.x == 0) partials[row * split.parts + blockIdx.y] = moments;
 }
 

@@ -1,0 +1,209 @@
+# ruff: noqa: E501  (a mutant is one line)
+"""Breaks the kernels one line at a time and counts how many breakages the tests notice. By hand: make mutation.
+
+Each mutant is a text replacement in one file of a copy of the tree. C++ mutants are rebuilt; then the self-test and,
+if that passes, the family's tests run. A mutant that survives both is printed. The run fails below 95 % caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = "csrc/spherical/cpu"
+TESTS = [
+    "tests/spherical/test_spherical_loss.py",
+    "tests/spherical/test_cross_entropy.py",
+    "tests/spherical/test_triton_kernels.py",
+]
+
+
+class Mutant(NamedTuple):
+    """Replaces the `which`-th occurrence of `old` by `new` in `file`."""
+
+    file: str
+    old: str
+    new: str
+    which: int = 0
+
+
+FORMULA = "csrc/spherical/spherical_loss_formula.h"
+SOFTMAX = "csrc/spherical/cross_entropy_formula.h"
+MOMENTS = f"{CPU}/spherical_loss_kernel.cpp"
+EXPONENTIALS = f"{CPU}/cross_entropy_kernel.cpp"
+FRONT = f"{CPU}/row_pass.cpp"
+FRAME = f"{CPU}/row_pass.h"
+REFERENCE = "pyops/spherical/reference_ops.py"
+
+CPP = [
+    # formulas: a factor, a sign, a dropped term
+    Mutant(FORMULA, "total.mean += delta * share;", "total.mean += delta * share * 1.001;"),
+    Mutant(FORMULA, "total.m2 += other.m2 + delta * delta * count * share;", "total.m2 += other.m2;"),
+    Mutant(FORMULA, "total.sum_log += other.sum_log;", ""),
+    Mutant(FORMULA, "x > 0 ? x + log1p(exp(-x))", "x > 0 ? x + log1p(exp(x))"),
+    Mutant(FORMULA, "partials.slope += rho * z * scale / classes;", "partials.slope += 1.001 * rho * z * scale / classes;"),
+    Mutant(FORMULA, "partials.shift += rho * scale / classes;", ""),
+    Mutant(FORMULA, "return -rho * scale;", "return rho * scale;"),
+    Mutant(FORMULA, "partials.shift += omega * (1 + mean) / total;", "partials.shift += omega * mean / total;"),
+    Mutant(FORMULA, "partials.smooth -= omega * smoothing / classes;", "", 0),
+    Mutant(FORMULA, "partials.smooth -= omega * smoothing / classes;", "", 1),
+    Mutant(FORMULA, "return -2 * omega * keep * o / n;", "return -2 * omega * o / n;"),
+    Mutant(FORMULA, "(2 * keep + smoothing) * smoothing / classes", "(2 * keep) * smoothing / classes"),
+    Mutant(FORMULA, "if (omega == 0) return 0;", ""),
+    Mutant(FORMULA, "sigma == 0 ? 0 : 1 / sigma", "1 / sigma"),
+    Mutant(FORMULA, "- partials.slope * ((row.mean - double(center)) * scale)", ""),
+    Mutant(SOFTMAX, "total.sum * exp(total.maximum - maximum)", "total.sum"),
+    Mutant(SOFTMAX, "other.sum * exp(other.maximum - maximum)", "other.sum * 1.001 * exp(other.maximum - maximum)"),
+    Mutant(SOFTMAX, "total.weighted_sum + other.weighted_sum", "other.weighted_sum"),
+    Mutant(SOFTMAX, "partials.loss += share * ((row.maximum - o) + log_sum);", "partials.loss += share * (row.maximum - o);"),
+    Mutant(SOFTMAX, "partials.slope += smooth * class_weight_sum;", ""),
+    Mutant(SOFTMAX, "2 * lambda * lse / row.sum", "lambda * lse / row.sum"),
+    Mutant(SOFTMAX, "lambda * lse * lse;", "lambda * lse;"),
+    # kernels: masks, tails, shifts
+    Mutant(MOMENTS, "squares[0] += d * d;", ""),
+    Mutant(MOMENTS, "load_partial(x + i, left, shift)) - shift", "load_partial(x + i, left, shift + 1)) - shift"),
+    Mutant(MOMENTS, "sums.sum * sums.sum > 0.5 * count * sums.squares", "false"),
+    Mutant(MOMENTS, "return {double(shift) + rest, sums.squares - sums.sum * rest, 0};", "return {double(shift) + rest, sums.squares, 0};"),
+    Mutant(MOMENTS, "if (!(sums.squares < 1e36)", "if (false && !(sums.squares < 1e36)"),
+    Mutant(MOMENTS, "exponents += ", "exponents -= "),
+    Mutant(MOMENTS, "if (!all) {", "if (false) {"),
+    Mutant(MOMENTS, "(o * o + eps));", "(o * o + Real(1.5) * eps));"),
+    Mutant(EXPONENTIALS, "if (block.maximum > shift + kHeadroom) {", "if (false) {"),
+    Mutant(EXPONENTIALS, "if (shift == -HUGE_VAL) shift = 0;", ""),
+    Mutant(EXPONENTIALS, "load_partial(x + i, left, lowest)", "load_partial(x + i, left, Real(0))", 1),
+    Mutant(EXPONENTIALS, "slope - weight * smooth", "slope - smooth"),
+    Mutant(EXPONENTIALS, "double(shift) * weights", "double(shift) * double(n)"),
+    Mutant("csrc/common/simd.h", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u"),
+    # frame: indices, strides, weights
+    Mutant(FRAME, "(row * rows.stride(0) + column)", "(row * rows.stride(1) + column)"),
+    Mutant(FRAME, "if (index[other] == index[j]) values[j] +=", "if (other == j) values[j] +="),
+    Mutant(FRAME, "if (rows.zero(row)) {", "if (false) {"),
+    Mutant(FRAME, "const int64_t c = index[j] - begin;", "const int64_t c = index[j];", 1),
+    Mutant(FRONT, "share * class_weight", "class_weight"),
+    Mutant(FRONT, "c != ignore_index && share != 0", "c != ignore_index"),
+    Mutant(FRONT, "class_weight_sum / double(counted)", "class_weight_sum"),
+    Mutant(FRONT, "c >= 0 && c < classes", "c >= 0 && c <= classes"),
+    Mutant(FRONT, "int64_t(row) * stride", "0", 0),
+    Mutant(FRONT, "safe_mean && sum == 0 ? 1 : sum", "sum"),
+    Mutant(f"{CPU}/spherical_loss.cpp", "for (int64_t stretch = 0; stretch < per_row; ++stretch)", "for (int64_t stretch = 0; stretch < 1; ++stretch)"),
+    Mutant(f"{CPU}/cross_entropy.cpp", "z_slope / divisor[1]", "z_slope / divisor[0]"),
+    Mutant(f"{CPU}/cross_entropy.cpp", "losses.z_term[row] * (divisor[0] / divisor[1])", "losses.z_term[row]"),
+]  # fmt: skip
+
+PYTHON = [
+    Mutant(REFERENCE, "rho.sum(1, keepdim=True) * scale / classes", "rho.sum(1, keepdim=True) * scale"),
+    Mutant(REFERENCE, "shift = shift - slope * ((mean - center) * scale)", "pass"),
+    Mutant(REFERENCE, "grad.scatter_add_(1, index,", "grad.scatter_(1, index,"),
+    Mutant(REFERENCE, "share.sum(1, keepdim=True)", "share[:, :1]"),
+    Mutant("pyops/spherical/reference.py", "classes.sum(1) / counts.sum(1).clamp(min=1)", "classes.sum(1)"),
+    Mutant("pyops/spherical/spherical_loss.py", "if inplace_backward and args[0].is_leaf:", "if False:"),
+    Mutant("pyops/spherical/spherical_loss.py", "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph"),
+    Mutant("pyops/spherical/spherical_loss.py", "    if transform_level_active():", "    if False:"),
+    Mutant("pyops/spherical/_options.py", "out_dtype = torch.float32", "out_dtype = None"),
+]  # fmt: skip
+
+
+def triton_mutants() -> list[Mutant]:
+    """Every accumulation and mask of the Triton kernels, each dropped or scaled once."""
+    mutants = []
+    for name in ("_common", "spherical_loss", "cross_entropy"):
+        path = f"triton_kernels/spherical/{name}.py"
+        for line in (ROOT / path).read_text().splitlines():
+            text = line.strip()
+            if "tl.sum(" in text and "=" in text:
+                mutants.append(Mutant(path, text, text.replace("tl.sum(", "1.001 * tl.sum(", 1)))
+            elif text.startswith("tl.store(") and text.endswith("mask=mask)"):
+                mutants.append(Mutant(path, text, text.replace(", mask=mask)", ")")))
+    return list(dict.fromkeys(mutants))
+
+
+def apply(tree: Path, mutant: Mutant) -> str:
+    """Applies it and returns the original text; raises when the place is gone."""
+    path = tree / mutant.file
+    text = path.read_text()
+    parts = text.split(mutant.old)
+    if len(parts) < mutant.which + 2:
+        raise SystemExit(f"mutant out of date: {mutant.file}: {mutant.old!r}")
+    head, tail = mutant.old.join(parts[: mutant.which + 1]), mutant.old.join(parts[mutant.which + 1 :])
+    path.write_text(head + mutant.new + tail)
+    return text
+
+
+def rebuild(tree: Path) -> bool:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"PYOPS_CUDA": "OFF"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode == 0
+
+
+def caught_by(tree: Path, timeout: int = 900) -> str:
+    """Name of the check that noticed, or an empty string."""
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    checks = {
+        "selftest": ["-m", "pyops", "selftest", "--quick"],
+        "tests": ["-m", "pytest", "-q", "-x", "-m", "not slow", *[t for t in TESTS if (tree / t).exists()]],
+    }
+    for name, arguments in checks.items():
+        try:
+            result = subprocess.run(
+                [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            return f"{name} (hang)"
+        if result.returncode:
+            return name
+    return ""
+
+
+def prepare(folder: Path) -> Path:
+    tree = folder / "tree"
+    skipped = shutil.ignore_patterns(".venv*", ".triton-*", "build", ".git", "*.so", "__pycache__", "dist")
+    shutil.copytree(ROOT, tree, ignore=skipped)
+    # The installed package maps these folders in; a plain tree needs links.
+    (tree / "pyops/triton_kernels").symlink_to(tree / "triton_kernels")
+    (tree / "pyops/_bench").symlink_to(tree / "bench")
+    if not rebuild(tree) or caught_by(tree):
+        raise SystemExit("the unmutated tree does not build or pass")
+    return tree
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("cpp", "python", "triton"), help="one group of mutants")
+    parser.add_argument("--first", type=int, default=0, help="skip this many mutants of each group")
+    arguments = parser.parse_args()
+    groups = {"cpp": CPP, "python": PYTHON, "triton": triton_mutants()}
+    survivors, total = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        tree = prepare(Path(name))
+        for group, mutants in groups.items():
+            if arguments.only not in (None, group):
+                continue
+            for mutant in mutants[arguments.first :]:
+                start = time.perf_counter()
+                original = apply(tree, mutant)
+                built = group != "cpp" or rebuild(tree)
+                found = caught_by(tree) if built else "does not build"
+                (tree / mutant.file).write_text(original)
+                total += built
+                if built and not found:
+                    survivors.append(mutant)
+                seconds = time.perf_counter() - start
+                print(
+                    f"{found or 'SURVIVED':12s} {seconds:5.0f} s  {mutant.file}: {mutant.old[:60]}",
+                    flush=True,
+                )
+    caught = total - len(survivors)
+    print(f"{caught} of {total} mutants caught")
+    return 0 if total and caught >= 0.95 * total else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
