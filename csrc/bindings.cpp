@@ -2,9 +2,8 @@
 // pybind11 function cannot be traced, faked or exported. The only Python-version-specific file.
 //
 // It links nothing of _ops.so: the level functions are looked up in the loaded library by _lib.py's handle.
-#include <pybind11/pybind11.h>
-
 #include <dlfcn.h>
+#include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 

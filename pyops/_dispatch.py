@@ -50,8 +50,8 @@ class Op:
         if backend == "reference":
             return []
         if backend in ("cpu", "cuda"):
-            if backend == "cuda" and "cuda" in _lib.unavailable:
-                return [_lib.unavailable["cuda"]]
+            if backend == "cuda" and _lib.cuda_unavailable():
+                return [_lib.cuda_unavailable()]
             if device != backend:
                 return [f"the tensors are on {device}"]
             return []
@@ -90,7 +90,7 @@ def register(family: str, triton_module: str, **references: Callable) -> None:
     """Declares ops of a family: ``op=reference implementation`` with the op's own arguments and outputs."""
     for name, reference in references.items():
         _ops[name] = Op(name, family, reference, triton_module)
-        if "cuda" in _lib.unavailable and torch.cuda.is_available():
+        if torch.version.cuda and not _lib.cuda_loaded():
             _library.impl(name, partial(_route, _ops[name], "CUDA"), "CUDA", with_keyset=True)
     if _environment.values["PYOPS_BACKEND"]:
         _install_routers()
@@ -153,7 +153,7 @@ def _parse_choice(text: str, source: str) -> dict[str, str]:
 
 
 def _available() -> str:
-    notes = {"cuda": _lib.unavailable.get("cuda", ""), "triton": triton_unavailable()}
+    notes = {"cuda": _lib.cuda_unavailable(), "triton": triton_unavailable()}
     return ", ".join(f"{name} (not here: {notes[name]})" if notes.get(name) else name for name in BACKENDS)
 
 

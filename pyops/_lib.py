@@ -13,9 +13,8 @@ _FOLDER = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps pyops-kernels"
 
-#: Why an optional library is not there; shown by ``python -m pyops info``.
-unavailable: dict[str, str] = {}
 native = None
+_cuda_missing = ""  # why _cuda.so is not loaded
 
 
 def _torch_version() -> tuple[int, int]:
@@ -35,7 +34,7 @@ def _load(path: Path) -> None:
 
 def load() -> None:
     """Loads what is there; ImportError says what was found and how to repair it."""
-    global native
+    global native, _cuda_missing
     if _torch_version() < OLDEST_TORCH:
         raise ImportError(
             f"pyops: built for torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, found {torch.__version__}. "
@@ -52,14 +51,25 @@ def load() -> None:
     native.attach(str(ops))
     cuda = _FOLDER / "_cuda.so"
     if not cuda.exists():
-        unavailable["cuda"] = "this build has no CUDA library (_cuda.so); install on a machine with nvcc"
+        _cuda_missing = "this build has no CUDA library (_cuda.so); install on a machine with nvcc"
         return
     try:
         _load(cuda)
     except ImportError as error:
-        unavailable["cuda"] = str(error)
-    if not torch.cuda.is_available():
-        unavailable.setdefault("cuda", "no CUDA device is available to torch")
+        _cuda_missing = str(error)
+
+
+def cuda_loaded() -> bool:
+    """Whether the C++ CUDA kernels are registered."""
+    return not _cuda_missing
+
+
+def cuda_unavailable() -> str:
+    """Why CUDA C++ cannot serve, or an empty string. Asks the driver, so not at import: a process that has asked
+    cannot fork workers that use CUDA."""
+    if _cuda_missing:
+        return _cuda_missing
+    return "" if torch.cuda.is_available() else "no CUDA device is available to torch"
 
 
 #: Levels that the CPU kernels are compiled for, lowest first (CMakeLists.txt).

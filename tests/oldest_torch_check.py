@@ -18,7 +18,8 @@ def main() -> None:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", f"torch=={OLDEST}", "numpy<2.3"], check=True)  # triton 3.6 interpreted
+        # Triton 3.6, which comes with it, cannot interpret loops under newer numpy.
+        subprocess.run([str(python), "-m", "pip", "install", "-q", f"torch=={OLDEST}", "numpy<2.3"], check=True)
     # The package as it is installed, with the .so files built against the current torch: nothing is compiled here.
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)

@@ -21,14 +21,14 @@ template <class Error, class... Got>
 
 }  // namespace pyops
 
-#define PYOPS_CHECK(condition, op, argument, rule, ...)                                          \
-  do {                                                                                           \
-    if (!(condition)) [[unlikely]]                                                               \
-      ::pyops::reject<std::runtime_error>(op, argument, rule, __VA_ARGS__);                      \
+#define PYOPS_CHECK(condition, op, argument, rule, ...)                     \
+  do {                                                                      \
+    if (!(condition)) [[unlikely]]                                          \
+      ::pyops::reject<std::runtime_error>(op, argument, rule, __VA_ARGS__); \
   } while (false)
 
-#define PYOPS_CHECK_INDEX(condition, op, argument, rule, ...)                                    \
-  do {                                                                                           \
-    if (!(condition)) [[unlikely]]                                                               \
-      ::pyops::reject<std::out_of_range>(op, argument, rule, __VA_ARGS__);                       \
+#define PYOPS_CHECK_INDEX(condition, op, argument, rule, ...)              \
+  do {                                                                     \
+    if (!(condition)) [[unlikely]]                                         \
+      ::pyops::reject<std::out_of_range>(op, argument, rule, __VA_ARGS__); \
   } while (false)

@@ -82,20 +82,32 @@ static inline void narrow(double value, float16& out) { narrow(float(value), out
 // One element of an array whose type is only known at run time; for per-row numbers, not for inner loops.
 static inline double read_element(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::float32: return static_cast<const float*>(data)[index];
-    case DType::float64: return static_cast<const double*>(data)[index];
-    case DType::bfloat16: return widen(static_cast<const bfloat16*>(data)[index]);
-    case DType::float16: return widen(static_cast<const float16*>(data)[index]);
+    case DType::float32:
+      return static_cast<const float*>(data)[index];
+    case DType::float64:
+      return static_cast<const double*>(data)[index];
+    case DType::bfloat16:
+      return widen(static_cast<const bfloat16*>(data)[index]);
+    case DType::float16:
+      return widen(static_cast<const float16*>(data)[index]);
   }
   return 0;
 }
 
 static inline void write_element(void* data, DType dtype, int64_t index, double value) {
   switch (dtype) {
-    case DType::float32: static_cast<float*>(data)[index] = float(value); break;
-    case DType::float64: static_cast<double*>(data)[index] = value; break;
-    case DType::bfloat16: narrow(value, static_cast<bfloat16*>(data)[index]); break;
-    case DType::float16: narrow(value, static_cast<float16*>(data)[index]); break;
+    case DType::float32:
+      static_cast<float*>(data)[index] = float(value);
+      break;
+    case DType::float64:
+      static_cast<double*>(data)[index] = value;
+      break;
+    case DType::bfloat16:
+      narrow(value, static_cast<bfloat16*>(data)[index]);
+      break;
+    case DType::float16:
+      narrow(value, static_cast<float16*>(data)[index]);
+      break;
   }
 }
 

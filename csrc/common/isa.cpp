@@ -18,8 +18,8 @@ Level cap_from_environment() {
   for (int level = 0; level < kLevels; ++level) {
     if (std::string(kNames[level]) == text) return static_cast<Level>(level);
   }
-  throw std::runtime_error(std::string("PYOPS_CPU_ISA must be one of baseline, avx2, avxvnni, avx512, avx512vnni, got '") +
-                           text + "'");
+  throw std::runtime_error(
+      std::string("PYOPS_CPU_ISA must be one of baseline, avx2, avxvnni, avx512, avx512vnni, got '") + text + "'");
 }
 
 Level detect() {

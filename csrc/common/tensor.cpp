@@ -14,9 +14,7 @@ int32_t dtype_code(const Tensor& tensor) {
   return code;
 }
 
-int32_t code_of(ScalarType dtype) {
-  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-}
+int32_t code_of(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
 
 // The shim gives no names, and Tensor::scalar_type() throws for what it does not know.
 std::string name_of_code(int32_t code) {
@@ -24,14 +22,22 @@ std::string name_of_code(int32_t code) {
     int32_t code;
     const char* name;
   } known[] = {
-      {aoti_torch_dtype_float32(), "float32"},       {aoti_torch_dtype_float64(), "float64"},
-      {aoti_torch_dtype_bfloat16(), "bfloat16"},     {aoti_torch_dtype_float16(), "float16"},
-      {aoti_torch_dtype_int64(), "int64"},           {aoti_torch_dtype_int32(), "int32"},
-      {aoti_torch_dtype_int16(), "int16"},           {aoti_torch_dtype_int8(), "int8"},
-      {aoti_torch_dtype_uint8(), "uint8"},           {aoti_torch_dtype_uint16(), "uint16"},
-      {aoti_torch_dtype_uint32(), "uint32"},         {aoti_torch_dtype_uint64(), "uint64"},
-      {aoti_torch_dtype_bool(), "bool"},             {aoti_torch_dtype_complex32(), "complex32"},
-      {aoti_torch_dtype_complex64(), "complex64"},   {aoti_torch_dtype_complex128(), "complex128"},
+      {aoti_torch_dtype_float32(), "float32"},
+      {aoti_torch_dtype_float64(), "float64"},
+      {aoti_torch_dtype_bfloat16(), "bfloat16"},
+      {aoti_torch_dtype_float16(), "float16"},
+      {aoti_torch_dtype_int64(), "int64"},
+      {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int16(), "int16"},
+      {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},
+      {aoti_torch_dtype_uint16(), "uint16"},
+      {aoti_torch_dtype_uint32(), "uint32"},
+      {aoti_torch_dtype_uint64(), "uint64"},
+      {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex32(), "complex32"},
+      {aoti_torch_dtype_complex64(), "complex64"},
+      {aoti_torch_dtype_complex128(), "complex128"},
       {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
       {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
       {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"},
@@ -72,10 +78,14 @@ bool is_dtype(const Tensor& tensor, ScalarType dtype) { return dtype_code(tensor
 
 ScalarType scalar_type_of(DType dtype) {
   switch (dtype) {
-    case DType::float32: return ScalarType::Float;
-    case DType::float64: return ScalarType::Double;
-    case DType::bfloat16: return ScalarType::BFloat16;
-    case DType::float16: return ScalarType::Half;
+    case DType::float32:
+      return ScalarType::Float;
+    case DType::float64:
+      return ScalarType::Double;
+    case DType::bfloat16:
+      return ScalarType::BFloat16;
+    case DType::float16:
+      return ScalarType::Half;
   }
   return ScalarType::Float;
 }
@@ -118,8 +128,8 @@ void check_device(const char* op, const char* argument, const Tensor& tensor, co
   aoti_torch_get_device_index(tensor.get(), &index);
   aoti_torch_get_device_type(like.get(), &like_type);
   aoti_torch_get_device_index(like.get(), &like_index);
-  PYOPS_CHECK(type == like_type && index == like_index, op, argument, "be on the device of logits",
-              device_name(tensor), " and ", device_name(like));
+  PYOPS_CHECK(type == like_type && index == like_index, op, argument, "be on the device of logits", device_name(tensor),
+              " and ", device_name(like));
 }
 
 DType check_floating(const char* op, const char* argument, const Tensor& tensor) {

@@ -13,10 +13,12 @@ namespace {
 
 // vscalef applies 2^n without touching exponent bits and underflows by itself: no compare and blend at the end.
 PYOPS_INLINE Vector<float> exponential(Vector<float> x) {
-  const __m512 lowest = _mm512_set1_ps(-104.0f);  // below half of the smallest subnormal
+  const __m512 lowest = _mm512_set1_ps(-104.0f);                  // below half of the smallest subnormal
   const __m512 clamped = _mm512_maskz_max_ps(0xffff, lowest, x);  // second operand: NaN stays
-  const __m512 n = _mm512_maskz_roundscale_ps(0xffff, clamped * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), clamped));
+  const __m512 n =
+      _mm512_maskz_roundscale_ps(0xffff, clamped * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r =
+      _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), clamped));
   __m512 p = r * 0.00144693652f + 0.00836247023f;
   p = p * r + 0.0416587036f;
   p = p * r + 0.166666024f;

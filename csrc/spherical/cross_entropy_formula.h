@@ -24,9 +24,9 @@ struct CrossEntropyOptions {
 };
 
 struct RowExponentials {
-  double maximum;      // of the row; -inf before anything was seen
-  double sum;          // of exp(o - maximum); of exp(o) while maximum is -inf, which is 0
-  double weighted_sum; // of w o; only when smoothing
+  double maximum;       // of the row; -inf before anything was seen
+  double sum;           // of exp(o - maximum); of exp(o) while maximum is -inf, which is 0
+  double weighted_sum;  // of w o; only when smoothing
 };
 
 PYOPS_HOST_DEVICE static inline RowExponentials no_exponentials() { return {-HUGE_VAL, 0, 0}; }
@@ -45,8 +45,8 @@ struct CrossEntropyPartials {
 
 // Adds one target: `omega` is target weight times class weight. Returns its target gradient.
 PYOPS_HOST_DEVICE static inline double add_target(const CrossEntropyOptions& options, const RowExponentials& row,
-                                           double log_sum, double o, double target_weight, double omega,
-                                           CrossEntropyPartials& partials) {
+                                                  double log_sum, double o, double target_weight, double omega,
+                                                  CrossEntropyPartials& partials) {
   const double share = (1 - options.label_smoothing) * omega;
   partials.target_weight += target_weight;
   if (omega == 0) return 0;  // a class of weight 0 adds nothing, whatever its logit
@@ -58,11 +58,10 @@ PYOPS_HOST_DEVICE static inline double add_target(const CrossEntropyOptions& opt
 // Completes a row after its targets; writes its four statistics and returns lambda * lse^2.
 template <class Statistic>
 PYOPS_HOST_DEVICE static inline double finish_row(const CrossEntropyOptions& options, const RowExponentials& row,
-                                           double log_sum, double classes, double class_weight_sum,
-                                           CrossEntropyPartials& partials, Statistic* statistics) {
+                                                  double log_sum, double classes, double class_weight_sum,
+                                                  CrossEntropyPartials& partials, Statistic* statistics) {
   const double lse = row.maximum + log_sum;
-  const double smooth =
-      options.label_smoothing == 0 ? 0 : options.label_smoothing / classes * partials.target_weight;
+  const double smooth = options.label_smoothing == 0 ? 0 : options.label_smoothing / classes * partials.target_weight;
   if (smooth != 0) {
     partials.loss += smooth * (lse * class_weight_sum - row.weighted_sum);
     partials.slope += smooth * class_weight_sum;

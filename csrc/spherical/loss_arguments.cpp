@@ -54,8 +54,8 @@ LossArguments check_loss_arguments(const char* op, const Tensor& logits, const T
   const LossArguments arguments = check_logits_target(op, logits, target);
   if (target_weight) {
     check_weight(arguments, "target_weight", *target_weight, logits);
-    PYOPS_CHECK(same_shape(*target_weight, target), op, "target_weight", "have the shape of target, " + shape_name(target),
-                shape_name(*target_weight));
+    PYOPS_CHECK(same_shape(*target_weight, target), op, "target_weight",
+                "have the shape of target, " + shape_name(target), shape_name(*target_weight));
   }
   if (weight) check_class_weight(arguments, *weight, logits);
   PYOPS_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing", "be in [0, 1]", label_smoothing);
@@ -90,8 +90,8 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
   check_strided(op, "normalizer", normalizer);
   check_device(op, "normalizer", normalizer, logits);
   PYOPS_CHECK(is_dtype(normalizer, ScalarType::Double), op, "normalizer", "be float64", dtype_name(normalizer));
-  PYOPS_CHECK(normalizer.numel() == normalizers, op, "normalizer",
-              "have " + std::to_string(normalizers) + " elements", shape_name(normalizer));
+  PYOPS_CHECK(normalizer.numel() == normalizers, op, "normalizer", "have " + std::to_string(normalizers) + " elements",
+              shape_name(normalizer));
   return arguments;
 }
 
@@ -129,8 +129,6 @@ void check_rows_distinct(const LossArguments& arguments, const Tensor& logits) {
               "strides [", logits.stride(0), ", ", logits.stride(1), "]");
 }
 
-ScalarType statistics_scalar_type(const LossArguments& arguments) {
-  return scalar_type_of(arguments.statistics_dtype);
-}
+ScalarType statistics_scalar_type(const LossArguments& arguments) { return scalar_type_of(arguments.statistics_dtype); }
 
 }  // namespace pyops

@@ -38,7 +38,7 @@ struct RowPartials {
 
 // Chan's merge of (count, mean, m2); counts are elements seen so far.
 PYOPS_HOST_DEVICE static inline void merge_moments(double& count, RowMoments& total, double other_count,
-                                            const RowMoments& other) {
+                                                   const RowMoments& other) {
   const double sum = count + other_count;
   if (other_count == 0) return;
   const double delta = other.mean - total.mean;
@@ -78,7 +78,7 @@ PYOPS_HOST_DEVICE static inline double sigmoid(double x) {
 // (o - mean) is multiplied by this before it is multiplied by `slope`: kept apart from slope because their
 // product can overflow float32 when sigma is tiny although the gradient itself does not.
 PYOPS_HOST_DEVICE static inline double inverse_scale(const SphericalOptions& options, const RowMoments& row,
-                                              double classes) {
+                                                     double classes) {
   if (options.loss != SphericalLoss::z) return 1;
   const double sigma = sqrt(row.m2 / classes + options.eps);
   return sigma == 0 ? 0 : 1 / sigma;  // equal logits and eps = 0: loss softplus(a b)/a, gradient 0
@@ -87,8 +87,8 @@ PYOPS_HOST_DEVICE static inline double inverse_scale(const SphericalOptions& opt
 // Adds one target of weight `omega` (target_weight * class weight) and logit `o` to the row's partials;
 // returns its target gradient.
 PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& options, const RowMoments& row,
-                                           double classes, double scale, double o, double omega,
-                                           RowPartials& partials) {
+                                                  double classes, double scale, double o, double omega,
+                                                  RowPartials& partials) {
   if (omega == 0) return 0;  // a class of weight 0 adds nothing, whatever its logit
   const double smoothing = options.label_smoothing, keep = 1 - smoothing, mean = row.mean;
   switch (options.loss) {
@@ -137,7 +137,7 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
 // mean goes into the shift, so that an offset of 1e4 on float32 logits costs no accuracy.
 template <class Statistic>
 PYOPS_HOST_DEVICE static inline void write_row(Statistic* statistics, const RowMoments& row, double scale,
-                                        const RowPartials& partials) {
+                                               const RowPartials& partials) {
   const Statistic center = Statistic(row.mean);
   statistics[kCenter] = center;
   statistics[kInverseScale] = Statistic(scale);

@@ -21,7 +21,7 @@ def _version(distribution: str) -> str | None:
 
 def _backend_rows() -> dict[str, dict[str, str]]:
     """Per op and backend: "available", or the reason why not."""
-    unavailable = {"cuda": _lib.unavailable.get("cuda", ""), "triton": _dispatch.triton_unavailable()}
+    unavailable = {"cuda": _lib.cuda_unavailable(), "triton": _dispatch.triton_unavailable()}
     rows = {}
     for name in sorted(_dispatch._ops):
         rows[name] = {

@@ -65,7 +65,7 @@ def backends(device: str) -> Iterator[tuple[str, Callable]]:
         for level in _lib.KERNEL_LEVELS:
             if _environment.ISA_LEVELS.index(level) <= allowed:
                 yield f"cpu:{level}", lambda level=level: _cpu_level(level)
-    elif "cuda" not in _lib.unavailable:
+    elif not _lib.cuda_unavailable():
         yield "cuda", nullcontext
     if not _dispatch.triton_unavailable():
         yield "triton", lambda: pyops.use_backend("triton")

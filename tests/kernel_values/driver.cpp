@@ -80,10 +80,10 @@ void check_spherical_gradient(int dtype, int64_t n) {
       baseline::spherical_loss_kernels.gradient[dtype](sample.bytes.data(), out.data(), n, row, options, nontemporal);
       for (int64_t i = 0; i < n; ++i) {
         const double x = sample.exact[size_t(i)];
-        const double exact = row.slope * ((x - row.center) * row.inverse_scale) + row.shift +
-                             row.smooth * smooth_term(loss, x, 0.1);
-        expect_near("spherical gradient", dtype, n, read_element(out.data(), DType(dtype), i), exact,
-                    4 * unit(dtype), std::fabs(exact) + 1);
+        const double exact =
+            row.slope * ((x - row.center) * row.inverse_scale) + row.shift + row.smooth * smooth_term(loss, x, 0.1);
+        expect_near("spherical gradient", dtype, n, read_element(out.data(), DType(dtype), i), exact, 4 * unit(dtype),
+                    std::fabs(exact) + 1);
       }
     }
   }

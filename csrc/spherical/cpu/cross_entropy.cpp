@@ -87,8 +87,8 @@ RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions&
         const int64_t c = targets.index[slot];
         if (c < 0) continue;
         const double o = read_element(element_pointer(logits, arguments.dtype, row, c), arguments.dtype, 0);
-        out[kTargetGradientCe + j] = Statistic(
-            add_target(options, exponentials, log_sum, o, targets.own[slot], targets.omega[slot], partials));
+        out[kTargetGradientCe + j] =
+            Statistic(add_target(options, exponentials, log_sum, o, targets.own[slot], targets.omega[slot], partials));
       }
       losses.z_term[size_t(row)] =
           finish_row(options, exponentials, log_sum, double(arguments.classes), weight_sum, partials, out);
@@ -104,15 +104,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& logit
                                                              double lse_square_scale, int64_t ignore_index,
                                                              int64_t reduction, bool safe_mean,
                                                              std::optional<ScalarType> out_dtype) {
-  const LossArguments arguments = check_loss_arguments(kForward, logits_in, target, target_weight, weight,
-                                                       label_smoothing, reduction, out_dtype);
+  const LossArguments arguments =
+      check_loss_arguments(kForward, logits_in, target, target_weight, weight, label_smoothing, reduction, out_dtype);
   PYOPS_CHECK(lse_square_scale >= 0, kForward, "lse_square_scale", "be at least 0", lse_square_scale);
   const RowTargets targets = read_targets(arguments, target, target_weight, weight, ignore_index);
   const Tensor logits = rows_dense(logits_in);
   const KernelWeights weights(weight, arguments.dtype);
   const CrossEntropyOptions options{label_smoothing, lse_square_scale};
-  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets},
-                                               statistics_scalar_type(arguments));
+  Tensor statistics =
+      new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, statistics_scalar_type(arguments));
   RowLosses losses = arguments.statistics_dtype == DType::float64
                          ? finish_rows<double>(arguments, options, logits, targets, weights, statistics)
                          : finish_rows<float>(arguments, options, logits, targets, weights, statistics);
@@ -139,8 +139,7 @@ struct CrossEntropyRows {
   CrossEntropyKernels::Gradient kernel;
 
   double statistic(int64_t row, int64_t column) const {
-    return read_element(statistics, arguments.statistics_dtype,
-                        row * (kTargetGradientCe + arguments.targets) + column);
+    return read_element(statistics, arguments.statistics_dtype, row * (kTargetGradientCe + arguments.targets) + column);
   }
   bool zero(int64_t row) const {
     return statistic(row, kSlopeCe) == 0 && statistic(row, kZSlope) == 0 && statistic(row, kSmoothCe) == 0;
@@ -165,8 +164,8 @@ struct CrossEntropyRows {
 };
 
 void backward_into(const LossArguments& arguments, const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                   const OptionalTensor& weight, const Tensor& statistics_in, const Tensor& normalizer_in,
-                   Tensor& out, bool nontemporal) {
+                   const OptionalTensor& weight, const Tensor& statistics_in, const Tensor& normalizer_in, Tensor& out,
+                   bool nontemporal) {
   const Tensor statistics = as_contiguous(statistics_in);
   const Tensor normalizer = as_contiguous(normalizer_in);
   const KernelWeights weights(weight, arguments.dtype);
@@ -179,8 +178,8 @@ void backward_into(const LossArguments& arguments, const Tensor& grad_loss, cons
 
 LossArguments check_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                              const OptionalTensor& weight, const Tensor& statistics, const Tensor& normalizer) {
-  const LossArguments arguments = check_backward_arguments(kBackward, grad_loss, logits, target, statistics,
-                                                           normalizer, kTargetGradientCe, 2);
+  const LossArguments arguments =
+      check_backward_arguments(kBackward, grad_loss, logits, target, statistics, normalizer, kTargetGradientCe, 2);
   if (weight) check_class_weight(arguments, *weight, logits);
   return arguments;
 }

@@ -72,8 +72,8 @@ RowTargets read_targets(const LossArguments& arguments, const Tensor& target, co
   return result;
 }
 
-std::vector<int64_t> read_target_indices(const LossArguments& arguments, const Tensor& target,
-                                         const Tensor& statistics, int64_t columns) {
+std::vector<int64_t> read_target_indices(const LossArguments& arguments, const Tensor& target, const Tensor& statistics,
+                                         int64_t columns) {
   const int64_t targets = arguments.targets, width = columns + targets;
   std::vector<int64_t> result(size_t(arguments.rows * targets));
   const bool wide = target.element_size() == 8;

@@ -2,6 +2,7 @@
 // stretches, the reduction over rows, and the frame of a streaming backward.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../loss_arguments.h"
@@ -26,8 +27,8 @@ RowTargets read_targets(const LossArguments& arguments, const Tensor& target, co
                         const OptionalTensor& weight, int64_t ignore_index);
 
 // For a backward: class indices where the saved target gradient is not 0, -1 elsewhere.
-std::vector<int64_t> read_target_indices(const LossArguments& arguments, const Tensor& target,
-                                         const Tensor& statistics, int64_t columns);
+std::vector<int64_t> read_target_indices(const LossArguments& arguments, const Tensor& target, const Tensor& statistics,
+                                         int64_t columns);
 
 // The class weights in the accumulation type, contiguous; empty without a weight.
 std::vector<double> read_class_weights(const OptionalTensor& weight);
@@ -70,6 +71,45 @@ inline char* element_pointer(const Tensor& rows, DType dtype, int64_t row, int64
   return static_cast<char*>(rows.data_ptr()) + (row * rows.stride(0) + column) * element_bytes(dtype);
 }
 
+// The classes of one row that have targets, each with the positions of its targets, and their finished values.
+class TargetValues {
+ public:
+  TargetValues(const int64_t* index, int64_t targets) : index_(index), targets_(targets) {
+    if (targets > kFew) more_.resize(size_t(targets));
+    int64_t* order = order_data();
+    for (int64_t j = 0; j < targets; ++j) order[j] = j;
+    std::sort(order, order + targets, [index](int64_t left, int64_t right) {
+      return index[left] != index[right] ? index[left] < index[right] : left < right;
+    });
+  }
+
+  // value(c, first, last) for every class c in [begin, begin + size), with the positions of its targets.
+  template <class Value>
+  void for_each_class(int64_t begin, int64_t size, const Value& value) {
+    int64_t* order = order_data();
+    for (int64_t i = 0; i < targets_;) {
+      const int64_t c = index_[order[i]];
+      int64_t end = i + 1;
+      while (end < targets_ && index_[order[end]] == c) ++end;
+      if (c >= begin && c < begin + size) values_.push_back({c, value(c, order + i, order + end)});
+      i = end;
+    }
+  }
+
+  void write(char* out, DType dtype, int64_t begin) const {
+    for (const auto& [c, value] : values_) write_element(out, dtype, c - begin, value);
+  }
+
+ private:
+  static constexpr int64_t kFew = 8;
+  int64_t* order_data() { return targets_ > kFew ? more_.data() : few_; }
+
+  const int64_t* index_;
+  int64_t targets_, few_[kFew];
+  std::vector<int64_t> more_;
+  std::vector<std::pair<int64_t, double>> values_;
+};
+
 // Writes the gradient of the logits to `out`, which may be the logits. `Rows` knows the formula of one loss:
 //   bool zero(row)                       the row is ignored: its gradient is 0 whatever its logits hold
 //   Gradient scaled(row, upstream)       row numbers times upstream gradient over normaliser
@@ -90,23 +130,14 @@ void run_backward(const LossArguments& arguments, const Rows& rows, const std::v
       return;
     }
     const auto gradient = rows.scaled(row, upstream[size_t(row)]);
-    const int64_t* index = indices.data() + row * targets;
-    double few[8];
-    std::vector<double> many(targets > 8 ? size_t(targets) : 0);
-    double* values = targets > 8 ? many.data() : few;
-    for (int64_t j = 0; j < targets; ++j) {
-      const int64_t c = index[j] - begin;
-      if (c < 0 || c >= size) continue;
-      values[j] = rows.value(gradient, read_element(x, arguments.dtype, c), index[j]);
-      for (int64_t other = 0; other < targets; ++other) {
-        if (index[other] == index[j]) values[j] += rows.target(row, other, upstream[size_t(row)]);
-      }
-    }
+    TargetValues values(indices.data() + row * targets, targets);
+    values.for_each_class(begin, size, [&](int64_t c, const int64_t* first, const int64_t* last) {
+      double value = rows.value(gradient, read_element(x, arguments.dtype, c - begin), c);
+      for (; first != last; ++first) value += rows.target(row, *first, upstream[size_t(row)]);
+      return value;
+    });
     rows.run(x, result, begin, size, gradient, nontemporal);
-    for (int64_t j = 0; j < targets; ++j) {
-      const int64_t c = index[j] - begin;
-      if (c >= 0 && c < size) write_element(result, arguments.dtype, c, values[j]);
-    }
+    values.write(result, arguments.dtype, begin);
   });
 }
 

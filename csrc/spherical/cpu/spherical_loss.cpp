@@ -80,21 +80,21 @@ std::vector<double> finish_rows(const LossArguments& arguments, const Tensor& lo
   return losses;
 }
 
-std::tuple<Tensor, Tensor, Tensor> spherical_loss_cpu(
-    const Tensor& logits_in, const Tensor& target, const OptionalTensor& target_weight, const OptionalTensor& weight,
-    const std::string& loss, double a, double b, double eps, double label_smoothing, int64_t ignore_index,
-    int64_t reduction, bool safe_mean, std::optional<ScalarType> out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> spherical_loss_cpu(const Tensor& logits_in, const Tensor& target,
+                                                      const OptionalTensor& target_weight, const OptionalTensor& weight,
+                                                      const std::string& loss, double a, double b, double eps,
+                                                      double label_smoothing, int64_t ignore_index, int64_t reduction,
+                                                      bool safe_mean, std::optional<ScalarType> out_dtype) {
   const SphericalOptions options = check_spherical_options(loss, a, b, eps, label_smoothing);
   const LossArguments arguments = check_loss_arguments(spherical_op_name(options.loss, false), logits_in, target,
                                                        target_weight, weight, label_smoothing, reduction, out_dtype);
   const RowTargets targets = read_targets(arguments, target, target_weight, weight, ignore_index);
   const Tensor logits = rows_dense(logits_in);
-  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets},
-                                               statistics_scalar_type(arguments));
-  const std::vector<double> losses =
-      arguments.statistics_dtype == DType::float64
-          ? finish_rows<double>(arguments, logits, options, targets, statistics)
-          : finish_rows<float>(arguments, logits, options, targets, statistics);
+  Tensor statistics =
+      new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, statistics_scalar_type(arguments));
+  const std::vector<double> losses = arguments.statistics_dtype == DType::float64
+                                         ? finish_rows<double>(arguments, logits, options, targets, statistics)
+                                         : finish_rows<float>(arguments, logits, options, targets, statistics);
   const double divisor = mean_divisor(reduction, targets.weight_sum, safe_mean);
   Tensor normalizer = new_tensor(logits, {}, ScalarType::Double);
   *static_cast<double*>(normalizer.mutable_data_ptr()) = divisor;

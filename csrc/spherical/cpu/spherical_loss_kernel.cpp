@@ -149,8 +149,8 @@ RowMoments moments(const void* data, int64_t n, const SphericalOptions& options)
 }
 
 template <class T>
-void gradient(const void* data, void* out, int64_t n, const SphericalRowGradient& row,
-              const SphericalOptions& options, bool nontemporal) {
+void gradient(const void* data, void* out, int64_t n, const SphericalRowGradient& row, const SphericalOptions& options,
+              bool nontemporal) {
   using Real = typename Accumulation<T>::type;
   const Real center = Real(row.center), scale = Real(row.inverse_scale), slope = Real(row.slope),
              shift = Real(row.shift), smooth = Real(row.smooth), eps = Real(options.eps);
@@ -163,7 +163,8 @@ void gradient(const void* data, void* out, int64_t n, const SphericalRowGradient
     });
   } else if (options.loss == SphericalLoss::taylor_softmax) {
     stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {
-      return ((o - center) * scale) * slope + shift + smooth * ((o + Real(1)) / (o * (o * Real(0.5) + Real(1)) + Real(1)));
+      return ((o - center) * scale) * slope + shift +
+             smooth * ((o + Real(1)) / (o * (o * Real(0.5) + Real(1)) + Real(1)));
     });
   } else {
     stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {
