@@ -47,9 +47,9 @@ std::vector<RowExponentials> all_exponentials(const LossArguments& arguments, co
   const int64_t per_row = stretches(arguments.classes);
   std::vector<RowExponentials> parts(size_t(arguments.rows * per_row));
   const auto exponentials = kernels().exponentials[int(arguments.dtype)];
+  const RowsView view(logits, arguments.dtype);
   for_each_stretch(arguments, [&](int64_t row, int64_t stretch, int64_t begin, int64_t size) {
-    parts[size_t(row * per_row + stretch)] =
-        exponentials(element_pointer(logits, arguments.dtype, row, begin), weights.at(begin), size, weighted_sum);
+    parts[size_t(row * per_row + stretch)] = exponentials(view.at(row, begin), weights.at(begin), size, weighted_sum);
   });
   if (per_row == 1) return parts;
   std::vector<RowExponentials> rows(size_t(arguments.rows), no_exponentials());
@@ -74,6 +74,7 @@ RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions&
   const double weight_sum = weights.sum(arguments.classes);
   RowLosses losses{std::vector<double>(size_t(arguments.rows)), std::vector<double>(size_t(arguments.rows))};
   Statistic* data = static_cast<Statistic*>(statistics.mutable_data_ptr());
+  const RowsView view(logits, arguments.dtype);
   torch::stable::parallel_for(0, arguments.rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       Statistic* out = data + row * width;
@@ -86,7 +87,7 @@ RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions&
         const size_t slot = size_t(row * count + j);
         const int64_t c = targets.index[slot];
         if (c < 0) continue;
-        const double o = read_element(element_pointer(logits, arguments.dtype, row, c), arguments.dtype, 0);
+        const double o = read_element(view.at(row, c), arguments.dtype, 0);
         out[kTargetGradientCe + j] =
             Statistic(add_target(options, exponentials, log_sum, o, targets.own[slot], targets.omega[slot], partials));
       }

@@ -67,9 +67,17 @@ void for_each_stretch(const LossArguments& arguments, const Function& f) {
 // Whether stores should bypass the caches: the output is far larger than they are and its pages are there.
 bool use_nontemporal(const LossArguments& arguments, const LargeOutput& output);
 
-inline char* element_pointer(const Tensor& rows, DType dtype, int64_t row, int64_t column) {
-  return static_cast<char*>(rows.data_ptr()) + (row * rows.stride(0) + column) * element_bytes(dtype);
-}
+// Dense rows of a matrix by plain numbers: the tensor's own accessors are calls into torch, too slow per row.
+struct RowsView {
+  char* data;
+  int64_t row_bytes, element_bytes;
+
+  RowsView(const Tensor& rows, DType dtype)
+      : data(static_cast<char*>(rows.data_ptr())),
+        row_bytes(rows.numel() ? rows.stride(0) * pyops::element_bytes(dtype) : 0),
+        element_bytes(pyops::element_bytes(dtype)) {}
+  char* at(int64_t row, int64_t column) const { return data + row * row_bytes + column * element_bytes; }
+};
 
 // The classes of one row that have targets, each with the positions of its targets, and their finished values.
 class TargetValues {
@@ -121,12 +129,13 @@ class TargetValues {
 template <class Rows>
 void run_backward(const LossArguments& arguments, const Rows& rows, const std::vector<int64_t>& indices,
                   const std::vector<double>& upstream, const Tensor& logits, Tensor& out, bool nontemporal) {
-  const int64_t targets = arguments.targets, bytes = element_bytes(arguments.dtype);
+  const int64_t targets = arguments.targets;
+  const RowsView from(logits, arguments.dtype), to(out, arguments.dtype);
   for_each_stretch(arguments, [&](int64_t row, int64_t, int64_t begin, int64_t size) {
-    const char* x = element_pointer(logits, arguments.dtype, row, begin);
-    char* result = element_pointer(out, arguments.dtype, row, begin);
+    const char* x = from.at(row, begin);
+    char* result = to.at(row, begin);
     if (rows.zero(row)) {
-      memset(result, 0, size_t(size * bytes));
+      memset(result, 0, size_t(size * to.element_bytes));
       return;
     }
     const auto gradient = rows.scaled(row, upstream[size_t(row)]);

@@ -22,9 +22,9 @@ std::vector<RowMoments> all_moments(const LossArguments& arguments, const Tensor
   const int64_t per_row = stretches(arguments.classes);
   std::vector<RowMoments> parts(size_t(arguments.rows * per_row));
   const auto moments = kernels().moments[int(arguments.dtype)];
+  const RowsView view(logits, arguments.dtype);
   for_each_stretch(arguments, [&](int64_t row, int64_t stretch, int64_t begin, int64_t size) {
-    parts[size_t(row * per_row + stretch)] =
-        moments(element_pointer(logits, arguments.dtype, row, begin), size, options);
+    parts[size_t(row * per_row + stretch)] = moments(view.at(row, begin), size, options);
   });
   if (per_row == 1) return parts;
   std::vector<RowMoments> rows(size_t(arguments.rows), RowMoments{});
@@ -41,7 +41,7 @@ std::vector<RowMoments> all_moments(const LossArguments& arguments, const Tensor
 
 // Loss and statistics of one row from its moments and targets.
 template <class Statistic>
-double finish_row(const LossArguments& arguments, const Tensor& logits, const SphericalOptions& options,
+double finish_row(const LossArguments& arguments, const RowsView& logits, const SphericalOptions& options,
                   const RowTargets& targets, const RowMoments& moments, int64_t row, Statistic* statistics) {
   const int64_t count = arguments.targets;
   if (targets.ignored(row)) {
@@ -54,7 +54,7 @@ double finish_row(const LossArguments& arguments, const Tensor& logits, const Sp
     const int64_t c = targets.index[size_t(row * count + j)];
     double gradient = 0;
     if (c >= 0) {
-      const double o = read_element(element_pointer(logits, arguments.dtype, row, c), arguments.dtype, 0);
+      const double o = read_element(logits.at(row, c), arguments.dtype, 0);
       gradient = add_target(options, moments, classes, scale, o, targets.omega[size_t(row * count + j)], partials);
     }
     statistics[kTargetGradient + j] = Statistic(gradient);
@@ -71,10 +71,11 @@ std::vector<double> finish_rows(const LossArguments& arguments, const Tensor& lo
   std::vector<double> losses(size_t(arguments.rows));
   Statistic* data = static_cast<Statistic*>(statistics.mutable_data_ptr());
   const int64_t width = kTargetGradient + arguments.targets;
+  const RowsView view(logits, arguments.dtype);
   torch::stable::parallel_for(0, arguments.rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       losses[size_t(row)] =
-          finish_row(arguments, logits, options, targets, moments[size_t(row)], row, data + row * width);
+          finish_row(arguments, view, options, targets, moments[size_t(row)], row, data + row * width);
     }
   });
   return losses;
