@@ -87,8 +87,6 @@ PYOPS_DEVICE float ex2(float x) {
   return power < 1.17549435e-38f ? 0.0f : power;
 }
 
-PYOPS_DEVICE Bits128 reread(const Bits128& bits) { return bits; }
-
 #else
 
 template <class... Parameters, class... Arguments>
@@ -154,14 +152,6 @@ PYOPS_DEVICE float ex2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
-}
-
-// The same bits, unknown to the compiler: what a rare path computes from them it computes again, instead of holding
-// the unpacked values of the common path in registers.
-PYOPS_DEVICE Bits128 reread(const Bits128& bits) {
-  Bits128 same = bits;
-  asm volatile("" : "+r"(same.word[0]), "+r"(same.word[1]), "+r"(same.word[2]), "+r"(same.word[3]));
-  return same;
 }
 
 #endif

@@ -25,8 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyops._autograd import reject
+from pyops.spherical.reference import accumulation_dtype
+
 REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 # --------------------------------------------------------------------------------------------------- sizes
@@ -187,23 +191,27 @@ def load_tile(pointers, mask, whole, FILL: tl.constexpr, ACCUMULATOR: tl.constex
 
 
 @triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """float64 or float32 to the type of an output, to nearest; to the 16-bit types by way of float32. The
+    interpreter truncates to bfloat16 (and gets subnormals wrong), so for it the rounding is done on the bits."""
+    if dtype == tl.float64:
+        return value.to(tl.float64)
+    value = value.to(tl.float32)
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += tl.where(value == value, 0x7FFF + ((bits >> 16) & 1), 0)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
 def store_tile(pointers, tile, mask, whole):
     """Rounds to the type of the output here and nowhere earlier."""
-    rounded = tile.to(pointers.dtype.element_ty)
+    rounded = round_to(tile, pointers.dtype.element_ty)
     if whole:
         tl.store(pointers, rounded)
     else:
         tl.store(pointers, rounded, mask=mask)
-
-
-@triton.jit
-def store_rounded(pointers, value, mask):
-    """Stores float64 values; to the 16-bit types by way of float32, the only cast to bfloat16 that the interpreter
-    of Triton does right."""
-    if pointers.dtype.element_ty == tl.float64:
-        tl.store(pointers, value, mask=mask)
-    else:
-        tl.store(pointers, value.to(tl.float32).to(pointers.dtype.element_ty), mask=mask)
 
 
 # -------------------------------------------------------------------------------- device functions: the targets
@@ -228,7 +236,7 @@ def load_target(target, target_weight, row, rows, j, target_row_stride, target_c
 
 @triton.jit
 def widen(value):
-    """To float64, from bfloat16 by way of float32 (see store_rounded)."""
+    """To float64; from bfloat16 by way of float32, the only cast from it that the interpreter does right."""
     if value.dtype == tl.float64:
         return value
     else:
@@ -250,8 +258,10 @@ def any_row_counts(target, target_weight, row, rows, target_count, target_row_st
 
 
 @triton.jit
-def add_target_gradients(gradient, target, statistics, scale, row, rows, first, target_count, target_row_stride,
-                         target_column_stride, statistics_stride, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def add_target_gradients(
+    gradient, target, statistics, scale, row, rows, first, target_count, target_row_stride, target_column_stride,
+    statistics_stride, COLUMN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Adds the target gradients (statistics columns COLUMN, COLUMN + 1, ...) that fall into the tile, before it is
     rounded: targets of one row may coincide. A target that does not count has gradient 0 and any index."""
     lane = tl.arange(0, COLUMNS)
@@ -315,20 +325,20 @@ def reduce_blocks(block_sums, loss, z_term, normalizer, blocks,
             value = value / divisor
         tl.store(normalizer + part, divisor)
         if part == 1:
-            store_rounded(z_term, value, None)
+            tl.store(z_term, round_to(value, z_term.dtype.element_ty))
         total += value
-    store_rounded(loss, total, None)
-
-
-INTERPRETED = not isinstance(reduce_blocks, triton.JITFunction)
+    tl.store(loss, round_to(total, loss.dtype.element_ty))
 
 
 # --------------------------------------------------------------------------------------------------- launchers
 
 
-def launch(kernel, grid, *arguments, num_warps: int, **constants) -> None:
+def launch(kernel, grid, *arguments, num_warps: int, registers: int | None = None, **constants) -> None:
     """Starts a kernel unless its grid is empty. Options are spelled out because Triton versions differ in their
     defaults: fusing multiply and add is wanted; checks for integer overflow, which come with device asserts, are not.
+
+    `registers`: the assembler aims at a number of registers of its own and, for some variants, spills one or two
+    values to meet it. Where occupancy is no concern, a stated limit makes it use what it needs up to that.
     """
     if grid[0]:
         kernel[grid](
@@ -336,6 +346,7 @@ def launch(kernel, grid, *arguments, num_warps: int, **constants) -> None:
             **constants,
             num_warps=num_warps,
             num_stages=1,
+            maxnreg=registers,
             enable_fp_fusion=True,
             sanitize_overflow=False,
         )
@@ -345,8 +356,14 @@ def on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """What the device assertion of the finishing kernels says on a GPU; the interpreter drops assertions."""
+    if not INTERPRETED.value or target.is_meta:
+        return
+    bad = ((target != ignore_index) & ((target < 0) | (target >= classes))).nonzero().tolist()
+    if bad:
+        rule = f"be in [0, {classes}) or ignore_index {ignore_index}"
+        reject(op, "target", rule, f"{int(target[tuple(bad[0])])} at position {bad[0]}", IndexError)
 
 
 def accumulator(logits: Tensor):
@@ -386,7 +403,7 @@ def allocate_outputs(logits: Tensor, plan: Plan, width: int, reduction: int, out
     return Outputs(
         loss=loss,
         z_term=torch.empty_like(loss) if z_term else None,
-        statistics=logits.new_empty((rows, width), dtype=statistics_dtype(logits)),
+        statistics=logits.new_empty((rows, width), dtype=accumulation_dtype(logits.dtype)),
         normalizer=logits.new_ones((2,) if z_term else (), dtype=torch.float64),
         block_sums=logits.new_empty(
             (4 if z_term else 2, 0 if reduction == REDUCE_NONE else plan.finish_blocks), dtype=torch.float64
@@ -416,16 +433,6 @@ def grad_aligned(logits: Tensor, grad_logits: Tensor, plan: Plan) -> bool:
 # ---------------------------------------------------------------------------------------------------- support
 
 
-def serves(reasons_against):
-    """Gives a launcher its `reasons_against`: same arguments, a list of sentences, empty if it can serve them."""
-
-    def attach(launcher):
-        launcher.reasons_against = reasons_against
-        return launcher
-
-    return attach
-
-
 def common_reasons(logits: Tensor, target: Tensor, *others: Tensor | None) -> list[str]:
     reasons = []
     if logits.dtype not in FLOATING:
@@ -436,9 +443,9 @@ def common_reasons(logits: Tensor, target: Tensor, *others: Tensor | None) -> li
         if tensor is not None and tensor.device != logits.device:
             reasons.append(f"tensors are on {tensor.device} and {logits.device}")
     if logits.is_cuda:
-        if not INTERPRETED and torch.cuda.get_device_capability(logits.device) < (8, 0):
+        if not INTERPRETED.value and torch.cuda.get_device_capability(logits.device) < (8, 0):
             reasons.append("the Triton kernels are built for compute capability 8.0 and later")
-    elif logits.device.type != "cpu" or not INTERPRETED:
+    elif logits.device.type != "cpu" or not INTERPRETED.value:
         reasons.append(f"logits are on {logits.device}; Triton runs on CUDA, or anywhere under TRITON_INTERPRET=1")
     return reasons
 

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyops._autograd import reject
+from pyops.spherical import _checks
+
 from . import _common
 from ._common import (
     add_target_gradients,
@@ -23,9 +26,9 @@ from ._common import (
     load_tile,
     load_upstream,
     part_span,
+    round_to,
     row_skew,
     scaled_statistic,
-    store_rounded,
     store_tile,
     tile_mask,
     tile_pointers,
@@ -166,8 +169,8 @@ def store_row(statistics, maximum, slope, z_slope, smooth, live, mask):
 def store_losses(loss, z_term, block_sums, row, there, row_loss, row_z, row_weight, live, REDUCE: tl.constexpr):
     """Per row the loss (regulariser included) and the regulariser, or the program's four sums."""
     if REDUCE == 0:
-        store_rounded(loss + row, row_loss + row_z, there)
-        store_rounded(z_term + row, row_z, there)
+        tl.store(loss + row, round_to(row_loss + row_z, loss.dtype.element_ty), mask=there)
+        tl.store(z_term + row, round_to(row_z, z_term.dtype.element_ty), mask=there)
     else:
         sums = block_sums + tl.program_id(0)
         blocks = tl.num_programs(0)
@@ -207,7 +210,8 @@ def finish_rows(
             weight_row_stride, weight_column_stride, ignore_index,
         )  # fmt: skip
         inside = (index >= 0) & (index < classes)
-        tl.device_assert(inside | (counts == 0), "pyops::cross_entropy: target must be a class or ignore_index")
+        valid = inside | (index == ignore_index) | (row >= rows)
+        tl.device_assert(valid, "pyops::cross_entropy: target must be in [0, classes) or ignore_index")
         counts = counts & inside
         o = widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
         class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
@@ -298,22 +302,17 @@ def logits_gradient(
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
-def _forward_reasons(logits, target, target_weight, weight, label_smoothing, lse_square_scale, ignore_index,
-                     reduction, safe_mean, out_dtype):  # fmt: skip
-    reasons = _common.common_reasons(logits, target, target_weight, weight)
-    return reasons + _common.out_dtype_reasons(out_dtype)
+def reasons_against(op: str, *arguments) -> list[str]:
+    """Why a launcher of this file cannot serve these arguments; empty when it can."""
+    if op == "cross_entropy":
+        logits, target, target_weight, weight = arguments[:4]
+        reasons = _common.common_reasons(logits, target, target_weight, weight)
+        return reasons + _common.out_dtype_reasons(arguments[-1])
+    grad_loss, logits, target, weight, statistics, normalizer = arguments
+    reasons = _common.common_reasons(logits, target, grad_loss, weight, statistics, normalizer)
+    return reasons + (_common.in_place_reasons(logits) if op.endswith("_") else [])
 
 
-def _backward_reasons(grad_loss, logits, target, weight, statistics, normalizer):
-    return _common.common_reasons(logits, target, grad_loss, weight, statistics, normalizer)
-
-
-def _in_place_reasons(grad_loss, logits, target, weight, statistics, normalizer):
-    reasons = _backward_reasons(grad_loss, logits, target, weight, statistics, normalizer)
-    return reasons + _common.in_place_reasons(logits)
-
-
-@_common.serves(_forward_reasons)
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -327,6 +326,11 @@ def cross_entropy(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, z_term, statistics, normalizer) of the op pyops::cross_entropy."""
+    name = "cross_entropy"
+    _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
+    if not lse_square_scale >= 0:
+        reject(name, "lse_square_scale", "be at least 0", f"{lse_square_scale:g}")
+    _common.check_range(name, target, logits.size(1), ignore_index)
     logits = _common.rows_dense(logits)
     target, target_weight = _common.as_columns(target), _common.as_columns(target_weight)
     weight = None if weight is None else weight.contiguous()
@@ -354,7 +358,7 @@ def cross_entropy(
             outputs.block_sums, rows, classes, logits.stride(0), *targets, plan.parts,
             label_smoothing, lse_square_scale,
             SMOOTHING=smoothing, REDUCE=int(reduction != _common.REDUCE_NONE), ROWS=plan.finish_rows,
-            PARTS=plan.part_capacity, num_warps=4,
+            PARTS=plan.part_capacity, num_warps=4, registers=128,
         )  # fmt: skip
         _common.finish_reduction(outputs, reduction, safe_mean)
     return outputs.loss, outputs.z_term, outputs.statistics, outputs.normalizer
@@ -362,10 +366,15 @@ def cross_entropy(
 
 def _write_gradient(grad_loss, logits, target, weight, statistics, normalizer, grad_logits) -> None:
     """Into `grad_logits`, whose rows are dense like those of `logits` and which may be `logits`."""
+    name = "cross_entropy_backward"
+    _checks.backward(name, grad_loss, logits, target, statistics, normalizer, TARGET_GRADIENT.value, 2)
+    if weight is not None:
+        _checks.class_weight(name, weight, logits)
     target, statistics = _common.as_columns(target), statistics.contiguous()
     plan = _common.plan_rows(logits)
     tile = plan.tile
     rows, classes = logits.shape
+    grad_aligned = _common.grad_aligned(logits, grad_logits, plan)
     with _common.on_device_of(logits):
         _common.launch(
             logits_gradient, (plan.row_blocks * plan.column_blocks,),
@@ -374,12 +383,11 @@ def _write_gradient(grad_loss, logits, target, weight, statistics, normalizer, g
             grad_loss.stride(0) if grad_loss.dim() else 0, target.size(1), *target.stride(), statistics.size(1),
             plan.column_blocks,
             ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel, VECTOR=plan.vector,
-            GRAD_ALIGNED=_common.grad_aligned(logits, grad_logits, plan), ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
+            GRAD_ALIGNED=grad_aligned, ROWS=tile.rows, COLUMNS=tile.columns,
+            num_warps=tile.num_warps, registers=None if grad_aligned else 255,
         )  # fmt: skip
 
 
-@_common.serves(_backward_reasons)
 def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None,
                            statistics: Tensor, normalizer: Tensor) -> Tensor:  # fmt: skip
     """grad_logits of the op pyops::cross_entropy_backward."""
@@ -389,7 +397,6 @@ def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, we
     return grad_logits
 
 
-@_common.serves(_in_place_reasons)
 def cross_entropy_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None,
                             statistics: Tensor, normalizer: Tensor) -> None:  # fmt: skip
     """Overwrites the logits with their gradient: pyops::cross_entropy_backward_."""

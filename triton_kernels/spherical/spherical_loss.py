@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyops.spherical import _checks
+from pyops.spherical.reference import SPHERICAL_LOSSES as LOSSES
+
 from . import _common
 from ._common import (
     add_target_gradients,
@@ -23,16 +26,16 @@ from ._common import (
     load_tile,
     load_upstream,
     part_span,
+    round_to,
     row_skew,
     scaled_statistic,
-    store_rounded,
     store_tile,
     tile_mask,
     tile_pointers,
     widen,
 )
 
-LOSSES = ("z", "taylor_softmax", "spherical_softmax", "mse_onehot")
+# Positions in LOSSES.
 Z = tl.constexpr(0)
 TAYLOR_SOFTMAX = tl.constexpr(1)
 SPHERICAL_SOFTMAX = tl.constexpr(2)
@@ -251,7 +254,7 @@ def row_moments(
         logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, False, LOG_OF, ACCUMULATOR, EVEN,
         VECTOR, ROWS, COLUMNS,
     )  # fmt: skip
-    if ACCUMULATOR == tl.float32 and logits.dtype.element_ty != tl.float16:
+    if ACCUMULATOR == tl.float32 and logits.dtype.element_ty != tl.float16:  # noqa: SIM300
         large = (m2 < LARGEST_SQUARES) == 0  # or NaN
         small = (m2 < SMALLEST_SQUARE * (stop - start).to(tl.float64)) & (m2 != 0)
         if tl.max((large | small).to(tl.int32), 0) > 0:
@@ -352,7 +355,8 @@ def finish_rows(
             weight_row_stride, weight_column_stride, ignore_index,
         )  # fmt: skip
         inside = (index >= 0) & (index < classes)
-        tl.device_assert(inside | (counts == 0), "pyops::spherical_loss: target must be a class or ignore_index")
+        valid = inside | (index == ignore_index) | (row >= rows)
+        tl.device_assert(valid, "pyops::spherical_loss: target must be in [0, classes) or ignore_index")
         counts = counts & inside
         o = widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
         class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
@@ -369,7 +373,7 @@ def finish_rows(
     live = counted > 0
     store_row(row_statistics, mean, scale, slope, shift, smooth, live, there)
     if REDUCE == 0:
-        store_rounded(loss + row, row_loss, there)
+        tl.store(loss + row, round_to(row_loss, loss.dtype.element_ty), mask=there)
     else:
         tl.store(block_sums + tl.program_id(0), tl.sum(row_loss, 0))
         row_weight = class_weights / tl.maximum(counted, 1.0)
@@ -417,7 +421,7 @@ def logits_gradient(
     pointers = tile_pointers(logits, first_row, row_stride, first, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
     o = load_tile(pointers, mask & live[:, None], whole & any_live, 0.0, ACCUMULATOR)
     gradient = slope[:, None] * ((o - center[:, None]) * inverse_scale[:, None]) + shift[:, None]
-    if (LOSS == TAYLOR_SOFTMAX) or (LOSS == SPHERICAL_SOFTMAX):
+    if LOSS != Z and LOSS != MSE_ONEHOT:  # noqa: SIM102  (decided at compile time)
         if tl.max((smooth != 0).to(tl.int32), 0) > 0:
             term = smooth_term(o, tl.full((), eps, tl.float64).to(ACCUMULATOR), LOSS)
             gradient += tl.where((smooth != 0)[:, None], smooth[:, None] * term, 0.0)
@@ -435,26 +439,21 @@ def logits_gradient(
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
+def reasons_against(op: str, *arguments) -> list[str]:
+    """Why a launcher of this file cannot serve these arguments; empty when it can."""
+    if op == "spherical_loss":
+        logits, target, target_weight, weight = arguments[:4]
+        reasons = _common.common_reasons(logits, target, target_weight, weight)
+        return reasons + _loss_reasons(arguments[4]) + _common.out_dtype_reasons(arguments[-1])
+    grad_loss, logits, target, statistics, normalizer, loss, _eps = arguments
+    reasons = _common.common_reasons(logits, target, grad_loss, statistics, normalizer) + _loss_reasons(loss)
+    return reasons + (_common.in_place_reasons(logits) if op.endswith("_") else [])
+
+
 def _loss_reasons(loss: str) -> list[str]:
     return [] if loss in LOSSES else [f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}"]
 
 
-def _forward_reasons(logits, target, target_weight, weight, loss, a, b, eps, label_smoothing, ignore_index,
-                     reduction, safe_mean, out_dtype):  # fmt: skip
-    reasons = _common.common_reasons(logits, target, target_weight, weight)
-    return reasons + _loss_reasons(loss) + _common.out_dtype_reasons(out_dtype)
-
-
-def _backward_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps):
-    return _common.common_reasons(logits, target, grad_loss, statistics, normalizer) + _loss_reasons(loss)
-
-
-def _in_place_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps):
-    reasons = _backward_reasons(grad_loss, logits, target, statistics, normalizer, loss, eps)
-    return reasons + _common.in_place_reasons(logits)
-
-
-@_common.serves(_forward_reasons)
 def spherical_loss(
     logits: Tensor,
     target: Tensor,
@@ -471,6 +470,10 @@ def spherical_loss(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, statistics, normalizer) of the op pyops::spherical_loss."""
+    name = f"{loss}_loss"
+    _checks.spherical_options(name, loss, a, b, eps)
+    _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
+    _common.check_range(name, target, logits.size(1), ignore_index)
     logits = _common.rows_dense(logits)
     target, target_weight = _common.as_columns(target), _common.as_columns(target_weight)
     plan = _common.plan_rows(logits)
@@ -499,7 +502,7 @@ def spherical_loss(
             outputs.statistics, outputs.loss, outputs.block_sums, *walk, plan.parts, plan.part_columns,
             a, b, eps, label_smoothing,
             LOSS=code, REDUCE=int(reduction != _common.REDUCE_NONE), ROWS=plan.finish_rows,
-            PARTS=plan.part_capacity, num_warps=4, **cut,
+            PARTS=plan.part_capacity, num_warps=4, registers=128, **cut,
         )  # fmt: skip
         _common.finish_reduction(outputs, reduction, safe_mean)
     return outputs.loss, outputs.statistics, outputs.normalizer
@@ -507,10 +510,14 @@ def spherical_loss(
 
 def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps, grad_logits) -> None:
     """Into `grad_logits`, whose rows are dense like those of `logits` and which may be `logits`."""
+    _checks.backward(
+        f"{loss}_loss_backward", grad_loss, logits, target, statistics, normalizer, TARGET_GRADIENT.value, 1
+    )
     target, statistics = _common.as_columns(target), statistics.contiguous()
     plan = _common.plan_rows(logits)
     tile = plan.tile
     rows, classes = logits.shape
+    grad_aligned = _common.grad_aligned(logits, grad_logits, plan)
     with _common.on_device_of(logits):
         _common.launch(
             logits_gradient, (plan.row_blocks * plan.column_blocks,),
@@ -519,12 +526,11 @@ def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps
             grad_loss.stride(0) if grad_loss.dim() else 0, target.size(1), *target.stride(), statistics.size(1),
             plan.column_blocks, eps,
             LOSS=LOSSES.index(loss), ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel,
-            VECTOR=plan.vector, GRAD_ALIGNED=_common.grad_aligned(logits, grad_logits, plan), ROWS=tile.rows,
-            COLUMNS=tile.columns, num_warps=tile.num_warps,
+            VECTOR=plan.vector, GRAD_ALIGNED=grad_aligned, ROWS=tile.rows,
+            COLUMNS=tile.columns, num_warps=tile.num_warps, registers=None if grad_aligned else 255,
         )  # fmt: skip
 
 
-@_common.serves(_backward_reasons)
 def spherical_loss_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor,
                             normalizer: Tensor, loss: str, eps: float) -> Tensor:  # fmt: skip
     """grad_logits of the op pyops::spherical_loss_backward."""
@@ -534,7 +540,6 @@ def spherical_loss_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, s
     return grad_logits
 
 
-@_common.serves(_in_place_reasons)
 def spherical_loss_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor,
                              normalizer: Tensor, loss: str, eps: float) -> None:  # fmt: skip
     """Overwrites the logits with their gradient: pyops::spherical_loss_backward_."""

@@ -6,10 +6,10 @@
 // shared memory; then every thread streams 16-byte vectors that lie on 16-byte boundaries of the output.
 //
 // Targets: the first warp also marks in shared memory which stripes of the chunk (the 32 vectors that one warp
-// handles at once) hold a target column. An unmarked stripe, nearly all of them, pays one shared-memory read per
-// vector. In a marked one the thread that owns the column still has the original logit in a register, so the same
-// code serves the in-place form: it computes f_r plus the sum over duplicate targets in double, rounds once, and
-// stores the element over its own vector store.
+// handles at once) hold a target column. Unmarked stripes, nearly all of them, pay one shared-memory read per vector.
+// In a marked one the thread that owns the column still has the original logit in a register after its vector store,
+// so the same code serves the in-place form: it computes f_r plus the sum over duplicate targets in double, rounds
+// once, and stores the element over what it has just stored.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kGradientThreads = 256;
 constexpr int kMaximumStripes = 1024;
+constexpr int kStepStripes = kVectorsInFlight * kGradientThreads / 32;  // of one step of a block
 constexpr int kSingles = kMaximumStripes;  // the mark of the elements outside whole vectors
 constexpr int kMarks = kMaximumStripes + 1;
 constexpr int64_t kMaximumChunks = 65535;  // grid.y
@@ -71,9 +72,7 @@ struct Chunk {
   int64_t begin;    // column of x[0] in the row
   int columns, head, body_end;  // whole vectors lie in [head, body_end)
 
-  PYOPS_DEVICE int mark_of(int column) const {
-    return column >= head && column < body_end ? (column - head) / kStripeColumns<T> : kSingles;
-  }
+  PYOPS_DEVICE int stripe_of(int column) const { return int(unsigned(column - head) / unsigned(kStripeColumns<T>)); }
 };
 
 template <class T>
@@ -94,7 +93,8 @@ PYOPS_DEVICE Chunk<T> chunk_of(const GradientRows& g, const ColumnSplit& split, 
 // Run by the first warp: counts the targets of each stripe.
 template <class T>
 PYOPS_DEVICE void mark_targets(const Chunk<T>& chunk, const RowTargetGradients<T>& targets, int* marks) {
-  const int stripes = (chunk.columns + kStripeColumns<T> - 1) / kStripeColumns<T>;
+  // Also those past the end, which the last step asks for.
+  const int stripes = chunk.columns / kStripeColumns<T> + kStepStripes;
   for (int i = dev::lane(); i < stripes; i += 32) marks[i] = 0;
   if (dev::lane() == 0) marks[kSingles] = 0;
   __syncwarp();
@@ -102,16 +102,20 @@ PYOPS_DEVICE void mark_targets(const Chunk<T>& chunk, const RowTargetGradients<T
     if (targets.gradient(j) == 0) continue;
     const int64_t column = targets.column(j), offset = column - chunk.begin;
     PYOPS_DEVICE_ASSERT(column >= 0 && column < targets.g.classes, targets.message);
-    if (offset >= 0 && offset < chunk.columns) atomicAdd(&marks[chunk.mark_of(int(offset))], 1);
+    if (offset < 0 || offset >= chunk.columns) continue;
+    const bool in_vector = offset >= chunk.head && offset < chunk.body_end;
+    atomicAdd(&marks[in_vector ? chunk.stripe_of(int(offset)) : kSingles], 1);
   }
 }
 
-// Stores the target columns among the `n` elements that `bits` held before the pass; `first` is the column of the
-// first one within the chunk.
+// Stores the target columns among the first `n` elements that `bits` held before the pass; `first` is the column of
+// the first one within the chunk.
 template <class T, class Loss>
-PYOPS_DEVICE void write_targets(const T (&elements)[dev::kVectorElements<T>], int n, int first, const Chunk<T>& chunk,
+PYOPS_DEVICE void write_targets(const dev::Bits128& bits, int n, int first, const Chunk<T>& chunk,
                                 const RowTargetGradients<T>& targets, const Loss& loss,
                                 const typename Loss::Numbers& numbers) {
+  T elements[dev::kVectorElements<T>];
+  memcpy(elements, &bits, 16);
 #pragma unroll 1
   for (int64_t j = 0; j < targets.g.targets; ++j) {
     if (targets.gradient(j) == 0) continue;
@@ -125,34 +129,19 @@ PYOPS_DEVICE void write_targets(const T (&elements)[dev::kVectorElements<T>], in
     for (int64_t other = 0; other < targets.g.targets; ++other) {
       if (targets.column(other) == column) sum += targets.gradient(other);
     }
-    const double value = loss.value(numbers, double(dev::widen(element)), column) + numbers.target_scale * sum;
-    dev::narrow(value, chunk.out[first + int(offset)]);
+    const double value = loss.template value<T>(numbers, double(dev::widen(element)), column);
+    dev::narrow(value + numbers.target_scale * sum, chunk.out[first + int(offset)]);
   }
 }
 
-template <bool kAligned, class T>
-PYOPS_DEVICE dev::Bits128 load_vector(const T* x) {
-  if constexpr (kAligned) {
-    return dev::ldg128_stream(x);
-  } else {
-    T elements[dev::kVectorElements<T>];
-#pragma unroll
-    for (int i = 0; i < dev::kVectorElements<T>; ++i) elements[i] = x[i];
-    dev::Bits128 bits;
-    memcpy(&bits, elements, 16);
-    return bits;
-  }
-}
-
-// Class weights share the alignment of the chunk only by chance.
 template <class T>
-PYOPS_DEVICE void load_weights(const T* weight, RealOf<T> (&values)[dev::kVectorElements<T>]) {
-  if ((reinterpret_cast<uintptr_t>(weight) & 15u) == 0) {
-    dev::unpack(dev::ldg128(weight), values, weight);
-  } else {
+PYOPS_DEVICE dev::Bits128 load_elements(const T* x) {
+  T elements[dev::kVectorElements<T>];
 #pragma unroll
-    for (int i = 0; i < dev::kVectorElements<T>; ++i) values[i] = dev::widen(weight[i]);
-  }
+  for (int i = 0; i < dev::kVectorElements<T>; ++i) elements[i] = x[i];
+  dev::Bits128 bits;
+  memcpy(&bits, elements, 16);
+  return bits;
 }
 
 template <class T, class Formula>
@@ -174,47 +163,15 @@ PYOPS_DEVICE void write_vector(const dev::Bits128& bits, int column, const Chunk
   dev::stg128_stream(chunk.out + column, out);
 }
 
-// kVectors vectors of this thread, `step` columns apart: all loads, then all stores, then the rare targets.
-template <int kVectors, bool kAligned, class T, class Loss, class Formula>
-PYOPS_DEVICE void write_vectors(int column, int step, const Chunk<T>& chunk, const RowTargetGradients<T>& targets,
-                                const Loss& loss, const typename Loss::Numbers& numbers, const Formula& formula,
-                                const int* marks) {
-  dev::Bits128 bits[kVectors];
-  int marked = 0;
-#pragma unroll
-  for (int a = 0; a < kVectors; ++a) bits[a] = load_vector<kAligned>(chunk.x + column + a * step);
-#pragma unroll
-  for (int a = 0; a < kVectors; ++a) {
-    write_vector(bits[a], column + a * step, chunk, formula);
-    marked |= marks[(column + a * step - chunk.head) / kStripeColumns<T>];
-  }
-  if (marked == 0) return;
-#pragma unroll 1
-  for (int a = 0; a < kVectors; ++a) {
-    dev::Bits128 chosen = bits[0];
-#pragma unroll
-    for (int i = 1; i < kVectors; ++i) {
-#pragma unroll
-      for (int word = 0; word < 4; ++word) chosen.word[word] = a == i ? bits[i].word[word] : chosen.word[word];
-    }
-    T elements[dev::kVectorElements<T>];
-    memcpy(elements, &chosen, 16);
-    write_targets(elements, dev::kVectorElements<T>, column + a * step, chunk, targets, loss, numbers);
-  }
-}
-
-template <class T, class Loss, class Formula>
-PYOPS_DEVICE void write_single(int column, const Chunk<T>& chunk, const RowTargetGradients<T>& targets,
-                               const Loss& loss, const typename Loss::Numbers& numbers, const Formula& formula,
-                               const int* marks) {
-  const T elements[dev::kVectorElements<T>] = {chunk.x[column]};
-  const RealOf<T> o = dev::widen(elements[0]);
+template <class T, class Formula>
+PYOPS_DEVICE void write_single(const dev::Bits128& bits, int column, const Chunk<T>& chunk, const Formula& formula) {
+  RealOf<T> o[dev::kVectorElements<T>];
+  dev::unpack(bits, o, chunk.x);
   if constexpr (Formula::kWeighted) {
-    dev::narrow(formula(o, dev::widen(chunk.weight[column])), chunk.out[column]);
+    dev::narrow(formula(o[0], dev::widen(chunk.weight[column])), chunk.out[column]);
   } else {
-    dev::narrow(formula(o), chunk.out[column]);
+    dev::narrow(formula(o[0]), chunk.out[column]);
   }
-  if (marks[kSingles]) write_targets(elements, 1, column, chunk, targets, loss, numbers);
 }
 
 // The column of the element outside whole vectors that this thread owns, or -1.
@@ -225,27 +182,49 @@ PYOPS_DEVICE int single_of(const Chunk<T>& chunk) {
   return single < chunk.head ? single : chunk.body_end + (single - chunk.head);
 }
 
+// The common case: up to kVectorsInFlight vectors without a target, all loads before the first store.
+template <class T, class Formula>
+PYOPS_DEVICE void stream_vectors(int column, int step, const Chunk<T>& chunk, const Formula& formula) {
+  dev::Bits128 bits[kVectorsInFlight];
+#pragma unroll
+  for (int a = 0; a < kVectorsInFlight; ++a) {
+    if (column + a * step < chunk.body_end) bits[a] = dev::ldg128_stream(chunk.x + column + a * step);
+  }
+#pragma unroll
+  for (int a = 0; a < kVectorsInFlight; ++a) {
+    if (column + a * step < chunk.body_end) write_vector(bits[a], column + a * step, chunk, formula);
+  }
+}
+
 template <class T, class Loss, class Formula>
 PYOPS_DEVICE void stream_chunk(const Chunk<T>& chunk, const RowTargetGradients<T>& targets, const Loss& loss,
                                const typename Loss::Numbers& numbers, const Formula& formula, const int* marks) {
   constexpr int width = dev::kVectorElements<T>;
   const int step = int(blockDim.x) * width;
+  // Where logits and gradient differ in alignment, loads are narrow (L1 merges them) and stores wide.
   const bool aligned = (reinterpret_cast<uintptr_t>(chunk.x + chunk.head) & 15u) == 0;
   int column = chunk.head + int(threadIdx.x) * width;
-  if (aligned) {
-    for (; column + (kVectorsInFlight - 1) * step < chunk.body_end; column += kVectorsInFlight * step) {
-      write_vectors<kVectorsInFlight, true>(column, step, chunk, targets, loss, numbers, formula, marks);
+  for (; column < chunk.body_end; column += kVectorsInFlight * step) {
+    const int stripe = chunk.stripe_of(column);
+    int marked = 0;
+#pragma unroll
+    for (int a = 0; a < kVectorsInFlight; ++a) marked |= marks[stripe + a * int(blockDim.x / 32)];
+    if (aligned && marked == 0) {
+      stream_vectors(column, step, chunk, formula);
+      continue;
     }
-    for (; column < chunk.body_end; column += step) {
-      write_vectors<1, true>(column, step, chunk, targets, loss, numbers, formula, marks);
-    }
-  } else {  // logits and gradient differ in alignment: narrow loads, which L1 merges, and wide stores
-    for (; column < chunk.body_end; column += step) {
-      write_vectors<1, false>(column, step, chunk, targets, loss, numbers, formula, marks);
+#pragma unroll 1
+    for (int at = column; at < chunk.body_end && at < column + kVectorsInFlight * step; at += step) {
+      const dev::Bits128 bits = aligned ? dev::ldg128_stream(chunk.x + at) : load_elements(chunk.x + at);
+      write_vector(bits, at, chunk, formula);
+      if (marks[chunk.stripe_of(at)]) write_targets(bits, width, at, chunk, targets, loss, numbers);
     }
   }
   const int single = single_of(chunk);
-  if (single >= 0) write_single(single, chunk, targets, loss, numbers, formula, marks);
+  if (single < 0) return;
+  const dev::Bits128 bits = dev::first_element(chunk.x[single]);
+  write_single(bits, single, chunk, formula);
+  if (marks[kSingles]) write_targets(bits, 1, single, chunk, targets, loss, numbers);
 }
 
 template <class T>
@@ -259,10 +238,10 @@ PYOPS_DEVICE void zero_chunk(const Chunk<T>& chunk) {
 }
 
 // The whole of a backward kernel. `Loss` knows the formula of one loss:
-//   Numbers                      of a row, in shared memory: doubles, with `zero` and `target_scale`
-//   Numbers numbers(g, row)      from statistics, upstream gradient and normaliser
-//   double value(numbers, o, k)  gradient of column k with logit o, without target gradients
-//   with_formula<Real>(numbers, run)   calls run(formula): formula(o) or formula(o, weight) in Real
+//   Numbers                         of a row, in shared memory: doubles, with `zero` and `target_scale`
+//   Numbers numbers<T>(g, row)      from statistics, upstream gradient and normaliser
+//   double value<T>(numbers, o, k)  gradient of column k with logit o, without target gradients
+//   with_formula<T>(numbers, run)   calls run(formula): formula(o) or, if kWeighted, formula(o, class weight)
 // A row with `zero` is ignored: its gradient is exactly 0 and its logits, which may hold anything, are not read.
 template <class T, class Loss>
 PYOPS_DEVICE void write_gradient(const GradientRows& g, const ColumnSplit& split, int64_t row, const Loss& loss,
@@ -282,7 +261,7 @@ PYOPS_DEVICE void write_gradient(const GradientRows& g, const ColumnSplit& split
     zero_chunk(chunk);
     return;
   }
-  loss.template with_formula<RealOf<T>>(numbers, [&](const auto& formula) {
+  loss.template with_formula<T>(numbers, [&](const auto& formula) {
     stream_chunk(chunk, targets, loss, numbers, formula, marks);
   });
 }

@@ -4,6 +4,8 @@
 // bitwise. No atomics.
 #pragma once
 
+#include <math.h>
+
 #include "../../device/pyops_device.h"
 #include "row_arguments.cuh"
 
@@ -21,7 +23,7 @@ using StatisticOf = typename Accumulation<T>::type;
 // ---- how rows are cut -----------------------------------------------------------------------------------
 
 constexpr int kVectorsInFlight = 4;     // independent 16-byte loads of a thread
-constexpr int kMaximumThreads = 512;    // of a forward block
+constexpr int kMaximumThreads = 256;    // of a forward block
 constexpr int64_t kFilledThreads = int64_t(1) << 17;  // 1024 on each of 128 multiprocessors
 constexpr int64_t kLongestPart = int64_t(1) << 26;    // columns; keeps offsets within a part in 32 bits
 constexpr int64_t kLargestGrid = (int64_t(1) << 31) - 1;
@@ -39,7 +41,7 @@ struct RowSplit {
 // device. A step is what one thread reads at once: kVectorsInFlight vectors of 16 bytes.
 //  - Many rows: about eight steps per thread. That pays for the start of a block (target lookup, 1 us) and its end
 //    (merge and row formula, 1 to 2 us), and blocks stay small enough that the last wave of blocks costs little.
-//    A row of 4096 bfloat16 is then the work of one warp, a row of 128k of 512 threads.
+//    A row of 4096 bfloat16 is then the work of one warp, a row of 64k and more of 256 threads.
 //  - Few rows: more threads per row, down to one step each, until kFilledThreads have work; beyond
 //    kMaximumThreads the row is cut into parts whose results a second kernel merges in order.
 inline RowSplit split_rows(int64_t rows, int64_t columns, int64_t element_bytes) {
@@ -91,9 +93,9 @@ PYOPS_DEVICE int elements_to_boundary(const T* x, int columns) {
   return head < columns ? head : columns;
 }
 
-// Streams x[0, columns) through the block: each thread hands its elements to taker.take<kB>(bits, column, step),
-// where element b < kB of bits[a] is that of column `column + a * step + b`. Vectors lie on 16-byte boundaries
-// whatever the alignment of x; the few elements before the first and after the last one are taken singly.
+// Streams x[0, columns) through the block: each thread hands its elements to taker.take(bits, n, column, step), where
+// element b < n of bits[a] is x[column + a * step + b]. Vectors lie on 16-byte boundaries whatever the alignment of x
+// and have all their elements; the few before the first and after the last one come singly (n = 1).
 template <class T, class Taker>
 PYOPS_DEVICE void read_row(const T* x, int columns, Taker& taker) {
   constexpr int width = dev::kVectorElements<T>;
@@ -105,17 +107,28 @@ PYOPS_DEVICE void read_row(const T* x, int columns, Taker& taker) {
     dev::Bits128 bits[kVectorsInFlight];
 #pragma unroll
     for (int a = 0; a < kVectorsInFlight; ++a) bits[a] = dev::ldg128(x + column + a * step);
-    taker.template take<width>(bits, column, step);
+    taker.take(bits, width, column, step);
   }
-  for (; column < body_end; column += step) {
-    const dev::Bits128 bits[1] = {dev::ldg128(x + column)};
-    taker.template take<width>(bits, column, step);
+  // What is left: at most kVectorsInFlight - 1 vectors of this thread, then one of the single elements, of which
+  // there are at most 2 * (width - 1), fewer than a warp has lanes.
+  const int single = int(threadIdx.x), singles = head + columns - body_end;
+  const int single_column = single < head ? single : body_end + (single - head);
+  for (bool vectors = true; vectors; column += step) {
+    vectors = column < body_end;
+    if (!vectors && single >= singles) break;
+    const dev::Bits128 bits[1] = {vectors ? dev::ldg128(x + column) : dev::first_element(x[single_column])};
+    taker.take(bits, vectors ? width : 1, vectors ? column : single_column, step);
   }
-  const int single = int(threadIdx.x);  // at most 2 * (width - 1) of them: fewer than a warp has lanes
-  if (single < head + columns - body_end) {
-    const int k = single < head ? single : body_end + (single - head);
-    const dev::Bits128 bits[1] = {dev::first_element(x[k])};
-    taker.template take<1>(bits, k, step);
+}
+
+// The class weights that belong to a vector of logits; they share its alignment only by chance.
+template <class T>
+PYOPS_DEVICE void load_weights(const T* weight, RealOf<T> (&values)[dev::kVectorElements<T>]) {
+  if ((reinterpret_cast<uintptr_t>(weight) & 15u) == 0) {
+    dev::unpack(dev::ldg128(weight), values, weight);
+  } else {
+#pragma unroll
+    for (int i = 0; i < dev::kVectorElements<T>; ++i) values[i] = dev::widen(weight[i]);
   }
 }
 
@@ -133,10 +146,8 @@ PYOPS_DEVICE Value warp_sum(Value value) {
 }
 
 // The larger one; a NaN is passed over (callers see it in the sum that they also take).
-template <class Real>
-PYOPS_DEVICE Real larger(Real left, Real right) {
-  return right > left ? right : left;
-}
+PYOPS_DEVICE float larger(float left, float right) { return fmaxf(left, right); }
+PYOPS_DEVICE double larger(double left, double right) { return fmax(left, right); }
 
 template <class Real>
 PYOPS_DEVICE Real warp_maximum(Real value) {
@@ -226,16 +237,21 @@ PYOPS_DEVICE Target read_target(const LossRows& rows, int64_t row, int64_t posit
   return target;
 }
 
-// Whether any target of the row counts: if not, the row is ignored and its logits are not read. Every warp asks
-// for itself, which is cheaper than a barrier; all lanes must take part.
+// Whether any target of the row counts: if not, the row is ignored. For the `lanes` threads of a row, 1 or 32.
 template <class T>
-PYOPS_DEVICE bool row_counts(const LossRows& rows, int64_t row, const char* message) {
+PYOPS_DEVICE bool any_counts(const LossRows& rows, int64_t row, int lane, int lanes, const char* message) {
   bool counts = false;
 #pragma unroll 1
-  for (int64_t j = dev::lane(); j < rows.targets; j += 32) {
+  for (int64_t j = lane; j < rows.targets; j += lanes) {
     counts = counts || read_target<T>(rows, row, j, message).counts;
   }
-  return __any_sync(dev::kFullWarp, counts) != 0;
+  return lanes == 1 ? counts : __any_sync(dev::kFullWarp, counts) != 0;
+}
+
+// For a block: the logits of an ignored row are not read. Every warp asks for itself, which is cheaper than a barrier.
+template <class T>
+PYOPS_DEVICE bool row_counts(const LossRows& rows, int64_t row, const char* message) {
+  return any_counts<T>(rows, row, dev::lane(), 32, message);
 }
 
 // ---- finishing rows -------------------------------------------------------------------------------------
@@ -260,8 +276,9 @@ inline RowFinish finish_rows(int64_t rows, int64_t targets, int parts) {
   return {lanes, int(blocks)};
 }
 
-// Sum over the `lanes` threads of a row: 1 or 32.
+// Sum and maximum over the `lanes` threads of a row: 1 or 32.
 PYOPS_DEVICE double row_sum(double value, int lanes) { return lanes == 1 ? value : warp_sum(value); }
+PYOPS_DEVICE double row_maximum(double value, int lanes) { return lanes == 1 ? value : warp_maximum(value); }
 
 // Calls finish(row, lane, totals) for the rows of this block, in a fixed order, and sums `totals` over the block.
 template <int kColumns, class Finish>

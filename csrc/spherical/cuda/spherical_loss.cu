@@ -72,8 +72,8 @@ struct NormalRange<double> {
 
 // sum log n(o) with one logarithm for all elements: mantissas are multiplied (at most 32 of them, each below 2) and
 // exponents added. Computes in RealOf<T>; false if some n is no positive normal number there.
-template <class T, int kB, int kA>
-PYOPS_DEVICE bool sum_log(const dev::Bits128 (&bits)[kA], const SphericalOptions& options, double& sum) {
+template <class T, int kA>
+PYOPS_DEVICE bool sum_log(const dev::Bits128 (&bits)[kA], int elements, const SphericalOptions& options, double& sum) {
   using Real = RealOf<T>;
   const Real eps = Real(options.eps);
   double product = 1;
@@ -84,8 +84,8 @@ PYOPS_DEVICE bool sum_log(const dev::Bits128 (&bits)[kA], const SphericalOptions
     Real o[dev::kVectorElements<T>], vector_product = 1;
     dev::unpack(bits[a], o, static_cast<const T*>(nullptr));
 #pragma unroll
-    for (int b = 0; b < kB; ++b) {
-      const Real n = unnormalised(options.loss, o[b], eps);
+    for (int b = 0; b < dev::kVectorElements<T>; ++b) {
+      const Real n = b < elements ? unnormalised(options.loss, o[b], eps) : Real(1);
       ordinary = ordinary && n >= NormalRange<Real>::smallest && n <= NormalRange<Real>::largest;
       int exponent;
       vector_product *= mantissa_of(n, exponent);
@@ -97,44 +97,19 @@ PYOPS_DEVICE bool sum_log(const dev::Bits128 (&bits)[kA], const SphericalOptions
   return ordinary;
 }
 
-// The same for elements of which some n is zero, subnormal, infinite or NaN in RealOf<T>: in double, and each special
-// value gives what its logarithm would, also 0 (eps = 0) its -infinity.
-template <class T, int kB, int kA>
-PYOPS_DEVICE double sum_log_special(const dev::Bits128 (&bits)[kA], const SphericalOptions& options) {
-  double special = 0, product = 1;
-  int exponents = 0;
-#pragma unroll
-  for (int a = 0; a < kA; ++a) {
-    RealOf<T> o[dev::kVectorElements<T>];
-    dev::unpack(dev::reread(bits[a]), o, static_cast<const T*>(nullptr));
-#pragma unroll
-    for (int b = 0; b < kB; ++b) {
-      double n = unnormalised(options.loss, double(o[b]), options.eps);
-      if (n == 0) special -= HUGE_VAL;
-      if (!(n <= NormalRange<double>::largest)) special += n;
-      const bool subnormal = n < NormalRange<double>::smallest;
-      if (subnormal) n *= 0x1p54;
-      int exponent;
-      product *= mantissa_of(n, exponent);
-      exponents += exponent - (subnormal ? 54 : 0);
-    }
-  }
-  return special != 0 ? special : log(product) + exponents * 0.693147180559945309417;
-}
-
 // ---- moments of a thread --------------------------------------------------------------------------------
 
-// Sums of d = scale * o - shift and of d^2, in one chain per vector.
-template <class T, int kB, int kA, class Real>
-PYOPS_DEVICE void shifted_sums(const dev::Bits128 (&bits)[kA], Real scale, Real shift, Real& sum, Real& squares) {
+// Sums of d = o - shift and of d^2, in one chain per vector.
+template <class T, int kA, class Real>
+PYOPS_DEVICE void shifted_sums(const dev::Bits128 (&bits)[kA], int elements, Real shift, Real& sum, Real& squares) {
   sum = squares = 0;
 #pragma unroll
   for (int a = 0; a < kA; ++a) {
     Real o[dev::kVectorElements<T>], vector_sum = 0, vector_squares = 0;
     dev::unpack(bits[a], o, static_cast<const T*>(nullptr));
 #pragma unroll
-    for (int b = 0; b < kB; ++b) {
-      const Real d = o[b] * scale - shift;
+    for (int b = 0; b < dev::kVectorElements<T>; ++b) {
+      const Real d = b < elements ? o[b] - shift : Real(0);
       vector_sum += d;
       vector_squares += d * d;
     }
@@ -143,91 +118,133 @@ PYOPS_DEVICE void shifted_sums(const dev::Bits128 (&bits)[kA], Real scale, Real 
   }
 }
 
+// Whether all elements have this value. Vectors are compared as bits: unpacked, all would be in registers at once.
+template <class T, int kA>
+PYOPS_DEVICE bool all_equal(const dev::Bits128 (&bits)[kA], int elements, RealOf<T> value) {
+  RealOf<T> o[dev::kVectorElements<T>];
+  dev::unpack(bits[0], o, static_cast<const T*>(nullptr));
+  bool equal = true;
+#pragma unroll
+  for (int b = 0; b < dev::kVectorElements<T>; ++b) equal = equal && (b >= elements || o[b] == value);
+  uint32_t difference = 0;
+#pragma unroll
+  for (int a = 1; a < kA; ++a) {
+#pragma unroll
+    for (int word = 0; word < 4; ++word) difference |= bits[a].word[word] ^ bits[0].word[word];
+  }
+  return equal && difference == 0;
+}
+
 // Mean and m2 of the elements of one thread. A run keeps (count, sum d, sum d^2) about `shift`; its
-// m2 = sum d^2 - (sum d)^2 / count is safe while the second term is at most half of the first. When the next
-// elements would break that, or the squares leave the range of float, the run is closed and a new one starts about
-// the mean of those elements: at the first elements of a thread, rarely afterwards.
+// m2 = sum d^2 - (sum d)^2 / count is safe while the second term is at most 4/5 of the first. Elements that would
+// break that, or whose squares leave the range of float, end the run and are taken in double, read again from
+// memory; their mean becomes the shift of the next run. With a first shift from all over the row this is rare.
 template <class T, bool kWithLog>
 struct MomentSums {
   using Real = RealOf<T>;
+  const T* x;
   const SphericalOptions& options;
-  Real shift = 0, sum = 0, squares = 0;
-  Real scale = 1;   // the run holds scale * o; other than 1 for the elements of one take() at most
-  int count = 0;    // elements in the run
-  double done = 0;  // elements in the runs that are closed, their mean and m2
-  double mean = 0, m2 = 0;
+  Real shift, sum = 0, squares = 0;
+  int count = 0;                 // elements in the run
+  double done = 0;               // elements in the runs that have ended
+  RowMoments total = {0, 0, 0};  // of these
   double log_sum = 0;
 
-  PYOPS_DEVICE explicit MomentSums(const SphericalOptions& o) : options(o) {}
+  PYOPS_DEVICE MomentSums(const T* row, Real first_shift, const SphericalOptions& o)
+      : x(row), options(o), shift(first_shift) {}
 
-  PYOPS_DEVICE static bool in_range(Real squares, int count) {
-    if constexpr (sizeof(Real) == 8) {
-      return squares == squares;
-    } else {
-      return squares < Real(1e30) && (squares >= Real(1e-30) * Real(count) || squares == 0);
-    }
+  // Squares of elements that differ from `shift` have not underflowed; no squares at all are those of equal elements.
+  template <int kA>
+  PYOPS_DEVICE bool in_range(Real all_squares, int all, const dev::Bits128 (&bits)[kA], int elements) const {
+    constexpr Real largest = sizeof(Real) == 8 ? Real(1e300) : Real(1e30);
+    if (!(all_squares < largest)) return false;
+    return all_squares * largest >= Real(all) || all_equal<T>(bits, elements, shift);
   }
 
-  template <int kB, int kA>
-  PYOPS_DEVICE void take(const dev::Bits128 (&bits)[kA], int, int) {
+  template <int kA>
+  PYOPS_DEVICE void take(const dev::Bits128 (&bits)[kA], int elements, int column, int step) {
     if constexpr (kWithLog) {
       double logs;
-      if (!sum_log<T, kB>(bits, options, logs)) logs = sum_log_special<T, kB>(bits, options);
+      if (!sum_log<T>(bits, elements, options, logs)) logs = sum_log_one_by_one(kA, elements, column, step);
       log_sum += logs;
     }
-    constexpr int n = kA * kB;
     Real d_sum, d_squares;
-    shifted_sums<T, kB>(bits, Real(1), shift, d_sum, d_squares);
+    shifted_sums<T>(bits, elements, shift, d_sum, d_squares);
     const Real new_sum = sum + d_sum, new_squares = squares + d_squares;
-    const int new_count = count + n;
-    if (new_sum * new_sum <= Real(0.5) * Real(new_count) * new_squares && in_range(new_squares, new_count) &&
-        scale == 1 && new_count <= kLongestRun) {
+    const int new_count = count + kA * elements;
+    const bool safe = new_sum * new_sum <= Real(0.8) * Real(new_count) * new_squares;
+    if (safe && new_count <= kLongestRun && in_range(new_squares, new_count, bits, elements)) {
       sum = new_sum;
       squares = new_squares;
       count = new_count;
     } else {
-      close();
-      restart<kB>(bits);
+      end_run(kA, elements, column, step);
     }
   }
 
-  // A new run of these elements about their mean. If their squares do not fit float they are taken scaled by a power
-  // of two, and the run ends with them.
-  template <int kB, int kA>
-  PYOPS_DEVICE void restart(const dev::Bits128 (&taken)[kA]) {
-    constexpr int n = kA * kB;
-    dev::Bits128 bits[kA];
-#pragma unroll
-    for (int a = 0; a < kA; ++a) bits[a] = taken[a];
-    Real o[dev::kVectorElements<T>];
-    dev::unpack(bits[0], o, static_cast<const T*>(nullptr));
-    const Real first = o[0];
-    scale = 1;
-    count = n;
+  // Adds the run to the total and then the elements x[column + a * step + b], if any, taken in double.
+  PYOPS_DEVICE void end_run(int vectors, int width, int column, int step) {
+    double n = double(count), mean = double(shift), rest = double(sum), m2 = double(squares);
 #pragma unroll 1
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      shift = first * scale;  // equal elements get exactly this mean, and m2 = 0
-#pragma unroll 1
-      for (int pass = 0; pass < 2; ++pass) {
-        if (pass == 1) shift += sum * Real(1.0 / n);
-#pragma unroll
-        for (int a = 0; a < kA; ++a) bits[a] = dev::reread(bits[a]);
-        shifted_sums<T, kB>(bits, scale, shift, sum, squares);
-      }
-      if (attempt == 1 || in_range(squares, n)) return;
-      scale = squares < 1 ? Real(0x1p100) : Real(0x1p-70);
+    for (int part = 0; part < 2; ++part) {
+      const double run_m2 = m2 - rest * rest / n;  // rounding may leave it below 0; NaN stays
+      if (n != 0) merge_moments(done, total, n, {mean + rest / n, run_m2 < 0 ? 0 : run_m2, 0});
+      if (part == 1 || vectors == 0) break;
+      n = double(vectors * width);
+      sums_in_double(n, vectors, width, column, step, mean, rest, m2);
     }
-  }
-
-  PYOPS_DEVICE void close() {
-    if (count == 0) return;
-    const double n = double(count), rest = double(sum) / n, unscale = 1 / double(scale);
-    const double run_m2 = double(squares) - double(sum) * rest;
-    RowMoments total = {mean, m2, 0};
-    merge_moments(done, total, n, {(double(shift) + rest) * unscale, run_m2 * unscale * unscale, 0});
-    mean = total.mean;
-    m2 = total.m2;
+    shift = mean - mean == 0 ? Real(mean) : Real(0);
+    sum = squares = 0;
     count = 0;
+  }
+
+  // Two passes: a mean, then sums about it. Equal elements have exactly that mean and rest = m2 = 0.
+  PYOPS_DEVICE void sums_in_double(double n, int vectors, int width, int column, int step, double& mean, double& rest,
+                                   double& m2) const {
+    mean = double(dev::widen(x[column]));
+    rest = 0;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      mean += rest / n;
+      rest = m2 = 0;
+#pragma unroll 1
+      for (int a = 0; a < vectors; ++a) {
+#pragma unroll 1
+        for (int b = 0; b < width; ++b) {
+          const double d = double(dev::widen(x[column + a * step + b])) - mean;
+          rest += d;
+          m2 += d * d;
+        }
+      }
+    }
+  }
+
+  // sum log n where some n is zero, subnormal, infinite or NaN.
+  PYOPS_DEVICE double sum_log_one_by_one(int vectors, int width, int column, int step) const {
+    double logs = 0;
+#pragma unroll 1
+    for (int a = 0; a < vectors; ++a) {
+#pragma unroll 1
+      for (int b = 0; b < width; ++b) {
+        logs += log(unnormalised(options.loss, double(dev::widen(x[column + a * step + b])), options.eps));
+      }
+    }
+    return logs;
+  }
+};
+
+// One of 32 elements spread over x[0, columns), and the first one.
+template <class T>
+struct Sample {
+  RealOf<T> first, own;
+
+  PYOPS_DEVICE Sample(const T* x, int columns)
+      : first(dev::widen(x[0])), own(dev::widen(x[int64_t(columns) * dev::lane() / 32])) {}
+
+  // The mean of the 32, the same for all lanes; exact where all elements are equal.
+  PYOPS_DEVICE RealOf<T> mean() const {
+    const RealOf<T> value = first + warp_sum(own - first) / RealOf<T>(32);
+    return value - value == 0 ? value : RealOf<T>(0);
   }
 };
 
@@ -261,20 +278,21 @@ struct Workspace {
 };
 
 template <class T, bool kWithLog>
-__global__ void __launch_bounds__(kMaximumThreads, 2)
+__global__ void __launch_bounds__(kMaximumThreads, kWithLog || sizeof(T) == 8 ? 2 : 3)
     moments_kernel(SphericalLossForward f, RowSplit split, int64_t first_row, RowMoments* partials) {
   PYOPS_SHARED(double, scratch, 3 * kMaximumWarps);
   const LossRows& rows = f.rows;
   const int64_t row = first_row + blockIdx.x;
-  if (!row_counts<T>(rows, row, out_of_range(f.options.loss))) return;
   const int64_t begin = int64_t(blockIdx.y) * split.part_columns, left = rows.classes - begin;
   const int columns = int(left < split.part_columns ? left : split.part_columns);
   const T* x = static_cast<const T*>(rows.logits) + row * rows.row_stride + begin;
-  MomentSums<T, kWithLog> sums(f.options);
+  const Sample<T> sample(x, columns);  // on its way while the targets are looked up
+  if (!row_counts<T>(rows, row, out_of_range(f.options.loss))) return;
+  MomentSums<T, kWithLog> sums(x, sample.mean(), f.options);
   read_row(x, columns, sums);
-  sums.close();
-  const double pivot = double(dev::widen(x[0]));
-  const RowMoments moments = merge_in_block(sums.done, {sums.mean, sums.m2, sums.log_sum}, double(columns), pivot, scratch);
+  sums.end_run(0, 0, 0, 0);
+  const RowMoments own = {sums.total.mean, sums.total.m2, sums.log_sum};
+  const RowMoments moments = merge_in_block(sums.done, own, double(columns), double(sample.first), scratch);
   if (threadIdx.x == 0) partials[row * split.parts + blockIdx.y] = moments;
 }
 
@@ -294,48 +312,57 @@ PYOPS_DEVICE RowMoments merge_parts(const RowMoments* partials, const RowSplit& 
   return {mean, row_sum(count == 0 ? 0.0 : own.m2 + count * (delta * delta), lanes), row_sum(own.sum_log, lanes)};
 }
 
-// Targets, loss and statistics of one row, by its 1 or 32 threads; adds loss and row weight to `totals`.
+// What the threads of a row add up over its targets.
+struct TargetSums {
+  RowPartials partials;
+  double class_weight, counted;
+};
+
 template <class T>
-PYOPS_DEVICE void finish_row(const SphericalLossForward& f, const RowSplit& split, const RowMoments* partials,
-                             int64_t row, int lane, int lanes, double (&totals)[kColumns]) {
-  using Statistic = StatisticOf<T>;
+PYOPS_DEVICE TargetSums add_targets(const SphericalLossForward& f, int64_t row, const RowMoments& moments, double scale,
+                                    int lane, int lanes) {
   const LossRows& rows = f.rows;
   const T* logits = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-  Statistic* statistics = static_cast<Statistic*>(rows.statistics) + row * (kTargetGradient + rows.targets);
-  const double classes = double(rows.classes);
-  RowMoments moments = {0, 0, 0};
-  RowPartials sums{};
-  double class_weight_sum = 0, counted = 0, scale = 0;
-  for (int64_t j = lane; j < rows.targets; j += lanes) {
-    counted += read_target<T>(rows, row, j, out_of_range(f.options.loss)).counts;
-  }
-  counted = row_sum(counted, lanes);
-  if (counted != 0) {
-    moments = merge_parts(partials + row * split.parts, split, rows.classes, lane, lanes);
-    scale = inverse_scale(f.options, moments, classes);
-  }
+  StatisticOf<T>* gradients = static_cast<StatisticOf<T>*>(rows.statistics) +
+                              row * (kTargetGradient + rows.targets) + kTargetGradient;
+  TargetSums own{};
   for (int64_t j = lane; j < rows.targets; j += lanes) {
     const Target target = read_target<T>(rows, row, j, out_of_range(f.options.loss));
     double gradient = 0;
     if (target.counts) {
-      const double o = double(dev::widen(logits[target.index]));
-      gradient = add_target(f.options, moments, classes, scale, o, target.own * target.class_weight, sums);
-      class_weight_sum += target.class_weight;
+      const double o = double(dev::widen(logits[target.index])), omega = target.own * target.class_weight;
+      gradient = add_target(f.options, moments, double(rows.classes), scale, o, omega, own.partials);
+      own.class_weight += target.class_weight;
+      own.counted += 1;
     }
-    statistics[kTargetGradient + j] = Statistic(gradient);
+    gradients[j] = StatisticOf<T>(gradient);
   }
-  sums = {row_sum(sums.loss, lanes), row_sum(sums.slope, lanes), row_sum(sums.shift, lanes),
-          row_sum(sums.smooth, lanes)};
-  class_weight_sum = row_sum(class_weight_sum, lanes);
+  return {{row_sum(own.partials.loss, lanes), row_sum(own.partials.slope, lanes), row_sum(own.partials.shift, lanes),
+           row_sum(own.partials.smooth, lanes)},
+          row_sum(own.class_weight, lanes),
+          row_sum(own.counted, lanes)};
+}
+
+// Targets, loss and statistics of one row, by its 1 or 32 threads; adds its results to `totals`.
+template <class T>
+PYOPS_DEVICE void finish_one_row(const SphericalLossForward& f, const RowSplit& split, const RowMoments* partials,
+                                 int64_t row, int lane, int lanes, double (&totals)[kColumns]) {
+  const LossRows& rows = f.rows;
+  const bool counts = any_counts<T>(rows, row, lane, lanes, out_of_range(f.options.loss));
+  RowMoments moments = {0, 0, 0};
+  if (counts) moments = merge_parts(partials + row * split.parts, split, rows.classes, lane, lanes);
+  const double scale = counts ? inverse_scale(f.options, moments, double(rows.classes)) : 0;
+  const TargetSums sums = add_targets<T>(f, row, moments, scale, lane, lanes);
   if (lane != 0) return;
-  if (counted != 0) {
-    write_row(statistics, moments, scale, sums);
-    totals[0] += sums.loss;
-    totals[1] += class_weight_sum / counted;
+  StatisticOf<T>* statistics = static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradient + rows.targets);
+  if (counts) {
+    write_row(statistics, moments, scale, sums.partials);
+    totals[0] += sums.partials.loss;
+    totals[1] += sums.class_weight / sums.counted;
   } else {
     for (int column = 0; column < kTargetGradient; ++column) statistics[column] = 0;
   }
-  if (rows.reduction == RowReduction::none) write_number(rows.loss, rows.loss_dtype, row, sums.loss);
+  if (rows.reduction == RowReduction::none) write_number(rows.loss, rows.loss_dtype, row, sums.partials.loss);
 }
 
 PYOPS_DEVICE void write_result(const LossRows& rows, const double (&totals)[kColumns]) {
@@ -350,7 +377,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
   double totals[kColumns];
   for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double(&sums)[kColumns]) {
-    finish_row<T>(f, split, partials, row, lane, lanes, sums);
+    finish_one_row<T>(f, split, partials, row, lane, lanes, sums);
   });
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
@@ -372,7 +399,7 @@ int launch_forward(const SphericalLossForward& f, const RowSplit& split, const R
   const LossRows& rows = f.rows;
   const Workspace workspace(rows, split, finish);
   const auto moments = needs_sum_log(f.options) ? moments_kernel<T, true> : moments_kernel<T, false>;
-  int error = for_each_row_slice(rows.rows, [&](int64_t first, int64_t count) {
+  int error = rows.classes == 0 ? 0 : for_each_row_slice(rows.rows, [&](int64_t first, int64_t count) {
     return PYOPS_LAUNCH(moments, dim3(unsigned(count), unsigned(split.parts)), dim3(unsigned(split.threads)), 0, stream,
                         f, split, first, workspace.partials);
   });
@@ -426,14 +453,16 @@ struct SphericalGradient {
             scale, zero};
   }
 
+  template <class T>
   PYOPS_DEVICE double value(const Numbers& n, double o, int64_t) const {
     const double linear = n.slope * ((o - n.center) * n.inverse_scale) + n.shift;
     if (kLoss == SphericalLoss::z || n.smooth == 0) return linear;
     return linear + n.smooth * smooth_term(kLoss, o, b.eps);
   }
 
-  template <class Real, class Run>
+  template <class T, class Run>
   PYOPS_DEVICE void with_formula(const Numbers& n, const Run& run) const {
+    using Real = RealOf<T>;
     const LinearFormula<Real> linear{Real(n.center), Real(n.inverse_scale), Real(n.slope), Real(n.shift)};
     if constexpr (kLoss == SphericalLoss::z) {
       run(linear);
@@ -446,8 +475,8 @@ struct SphericalGradient {
 };
 
 template <class T, SphericalLoss kLoss>
-__global__ void __launch_bounds__(kGradientThreads) gradient_kernel(SphericalLossBackward b, ColumnSplit split,
-                                                                    int64_t first_row) {
+__global__ void __launch_bounds__(kGradientThreads, kLoss != SphericalLoss::z || sizeof(T) == 8 ? 2 : 3)
+    gradient_kernel(SphericalLossBackward b, ColumnSplit split, int64_t first_row) {
   PYOPS_SHARED(SphericalNumbers, numbers, 1);
   PYOPS_SHARED(int, marks, kMarks);
   write_gradient<T>(b.rows, split, first_row + blockIdx.x, SphericalGradient<kLoss>{b}, numbers, marks);

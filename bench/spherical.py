@@ -1,0 +1,269 @@
+"""Benchmark cases of the spherical family: fused losses on given logits, against what a user of torch would write."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pyops._bench.harness import Case, Prepared, Timed, available_threads, memory_probes
+from torch import Tensor
+
+import pyops
+
+LSE_SCALE = 1e-4
+EPS = 0.1  # of the spherical softmax
+
+
+# ---- rivals ------------------------------------------------------------------------------------------------
+# "eager" is the formula as one would write it; the other entry is the best composition of torch's own fused
+# kernels that we found (one thread, float32, 128 x 50257, forward+backward: z_loss 105 ms as mean and std, 67 ms
+# centred, 29 ms by layer_norm; taylor_softmax 58 -> 32 ms, spherical_softmax 45 -> 31 ms and mse_onehot
+# 47 -> 27 ms by vector_norm). torch.compile is applied to "eager". F.cross_entropy runs beside every loss: it
+# computes something else, but it is what these losses replace.
+
+
+def _chosen(values: Tensor, target: Tensor) -> Tensor:
+    return values.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def z_mean_std(logits: Tensor, target: Tensor) -> Tensor:
+    z = (_chosen(logits, target) - logits.mean(1)) / logits.std(1, correction=0)
+    return F.softplus(4.0 - z).mean()
+
+
+def z_layer_norm(logits: Tensor, target: Tensor) -> Tensor:
+    z = F.layer_norm(logits, logits.shape[1:], eps=1e-12)
+    return F.softplus(4.0 - _chosen(z, target)).mean()
+
+
+def taylor_plain(logits: Tensor, target: Tensor) -> Tensor:
+    unnormalised = 1 + logits + 0.5 * logits.square()
+    return (unnormalised.sum(1).log() - _chosen(unnormalised, target).log()).mean()
+
+
+def taylor_vector_norm(logits: Tensor, target: Tensor) -> Tensor:
+    squares = torch.linalg.vector_norm(logits, dim=1).square()
+    chosen = _chosen(logits, target)
+    total = logits.shape[1] + logits.sum(1) + 0.5 * squares
+    return (total.log() - (1 + chosen + 0.5 * chosen.square()).log()).mean()
+
+
+def spherical_plain(logits: Tensor, target: Tensor) -> Tensor:
+    unnormalised = logits.square() + EPS
+    return (unnormalised.sum(1).log() - _chosen(unnormalised, target).log()).mean()
+
+
+def spherical_vector_norm(logits: Tensor, target: Tensor) -> Tensor:
+    total = torch.linalg.vector_norm(logits, dim=1).square() + EPS * logits.shape[1]
+    return (total.log() - (_chosen(logits, target).square() + EPS).log()).mean()
+
+
+def mse_plain(logits: Tensor, target: Tensor) -> Tensor:
+    return (logits.square().sum(1) - 2 * _chosen(logits, target) + 1).mean()
+
+
+def mse_vector_norm(logits: Tensor, target: Tensor) -> Tensor:
+    return (torch.linalg.vector_norm(logits, dim=1).square() - 2 * _chosen(logits, target) + 1).mean()
+
+
+def cross_entropy_lse_square(logits: Tensor, target: Tensor) -> Tensor:
+    lse = torch.logsumexp(logits, 1)
+    return (lse - _chosen(logits, target) + LSE_SCALE * lse.square()).mean()
+
+
+def cross_entropy_plus_lse_square(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target) + LSE_SCALE * torch.logsumexp(logits, 1).square().mean()
+
+
+def _lse_square(logits: Tensor, target: Tensor, **options) -> Tensor:
+    return pyops.cross_entropy(logits, target, lse_square_scale=LSE_SCALE, **options)
+
+
+# op -> (our function, the same formula in eager torch: the first is also compiled)
+OPS: dict[str, tuple[Callable, dict[str, Callable]]] = {
+    "z_loss": (pyops.z_loss, {"eager": z_mean_std, "layer_norm": z_layer_norm}),
+    "taylor_softmax_loss": (
+        pyops.taylor_softmax_loss,
+        {"eager": taylor_plain, "vector_norm": taylor_vector_norm},
+    ),
+    "spherical_softmax_loss": (
+        pyops.spherical_softmax_loss,
+        {"eager": spherical_plain, "vector_norm": spherical_vector_norm},
+    ),
+    "mse_onehot_loss": (pyops.mse_onehot_loss, {"eager": mse_plain, "vector_norm": mse_vector_norm}),
+    "cross_entropy": (pyops.cross_entropy, {"eager": F.cross_entropy}),
+    "cross_entropy_lse_square": (
+        _lse_square,
+        {"eager": cross_entropy_lse_square, "F + logsumexp": cross_entropy_plus_lse_square},
+    ),
+}
+
+# pass -> bytes that must move, in units of the logits
+PASSES = {"forward": 1, "backward": 2, "backward_inplace": 2, "forward_backward": 3}
+CALLS = ("call", "call_grad")  # the price of a call on 4 x 8 logits, without and with a gradient wanted
+
+
+# ---- how each pass is timed --------------------------------------------------------------------------------
+
+
+def _forward(function: Callable, logits: Tensor, target: Tensor) -> Timed:
+    def run(_):
+        with torch.no_grad():
+            return function(logits, target)
+
+    return Timed(run)
+
+
+def _backward(function: Callable, logits: Tensor, target: Tensor) -> Timed:
+    """A fresh graph for each run, as in training: with retain_graph torch's rivals would keep intermediates."""
+    leaf = logits.detach().requires_grad_()
+
+    def run(loss):
+        return torch.autograd.grad(loss, leaf)
+
+    return Timed(run, lambda: function(leaf, target))
+
+
+def _backward_inplace(function: Callable, logits: Tensor, target: Tensor) -> Timed:
+    def prepare():
+        leaf = logits.clone().requires_grad_()
+        inner = leaf.view_as(leaf)  # not a leaf, as the op asks
+        return function(inner, target, inplace_backward=True), inner
+
+    return Timed(lambda pair: torch.autograd.grad(*pair), prepare)
+
+
+def _forward_backward(function: Callable, logits: Tensor, target: Tensor) -> Timed:
+    leaf = logits.detach().requires_grad_()
+    return Timed(lambda _: torch.autograd.grad(function(leaf, target), leaf))
+
+
+def _call_grad(function: Callable, logits: Tensor, target: Tensor) -> Timed:
+    leaf = logits.detach().requires_grad_()
+    return Timed(lambda _: function(leaf, target))
+
+
+_TIMED = {
+    "forward": _forward,
+    "backward": _backward,
+    "backward_inplace": _backward_inplace,
+    "forward_backward": _forward_backward,
+    "call": lambda function, logits, target: Timed(lambda _: function(logits, target)),
+    "call_grad": _call_grad,
+}
+
+
+def _dispatcher_call(op: str, logits: Tensor, target: Tensor) -> Timed:
+    """The op below the autograd keys: what any Python function around it pays at least."""
+    if op.startswith("cross_entropy"):
+        scale = LSE_SCALE if op == "cross_entropy_lse_square" else 0.0
+        name, arguments = "cross_entropy", (0.0, scale, -100, 1, False, None)
+    else:
+        a, b, eps = {"z_loss": (1.0, 4.0, 1e-12), "spherical_softmax_loss": (1.0, 0.0, EPS)}.get(op, (1.0, 0.0, 0.0))
+        name, arguments = "spherical_loss", (op.removesuffix("_loss"), a, b, eps, 0.0, -100, 1, False, None)
+    packet = getattr(torch.ops.pyops, name).default
+
+    def run(_):
+        with torch._C._AutoDispatchBelowAutograd():
+            return packet(logits, target, None, None, *arguments)
+
+    return Timed(run)
+
+
+def _check_same(op: str, logits: Tensor, target: Tensor) -> None:
+    """A comparison counts only if both sides compute the same."""
+    ours, formulas = OPS[op]
+    expected = ours(logits, target)
+    tolerance = 2e-2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    for formula in formulas.values():
+        torch.testing.assert_close(formula(logits, target), expected, rtol=tolerance, atol=tolerance)
+
+
+def _compiled(formula: Callable, make: Callable, logits: Tensor, target: Tensor) -> dict[str, Timed]:
+    """The rival by torch.compile, or nothing (and a word why) where it cannot compile, as without a C++ compiler."""
+    torch._dynamo.reset()  # graphs of earlier cases would count against the limit of recompilations
+    timed = make(torch.compile(formula, dynamic=False), logits, target)
+    try:
+        timed.run(timed.prepare())
+    except Exception as error:  # inductor raises many kinds
+        warnings.warn(f"no torch.compile rival: {str(error).splitlines()[0]}", stacklevel=2)
+        return {}
+    return {"compile": timed}
+
+
+def prepare(op: str, what: str, logits: Tensor, target: Tensor, threads: int, compiled: bool) -> Prepared:
+    """One op in one pass with its rivals and yardsticks, on the tensors given."""
+    _check_same(op, logits, target)
+    ours, formulas = OPS[op]
+    # A rival has no backward in place: it competes with the one that it has.
+    make = _TIMED[what.removesuffix("_inplace")]
+    functions = formulas if op == "cross_entropy" else formulas | {"F.cross_entropy": F.cross_entropy}
+    rivals = {name: make(function, logits, target) for name, function in functions.items()}
+    if compiled and what not in CALLS:
+        rivals |= _compiled(formulas["eager"], make, logits, target)
+    return Prepared(
+        target=_TIMED[what](ours, logits, target),
+        rivals=rivals,
+        yardsticks=(
+            {"dispatcher": _dispatcher_call(op, logits, target)} if what in CALLS else memory_probes(logits, threads)
+        ),
+        backend=pyops.explain(op.removesuffix("_lse_square"), logits, target).backend,
+    )
+
+
+def build(case: Case, compiled: bool) -> Prepared:
+    """A case with tensors of its own."""
+    rows, classes = case.shape
+    generator = torch.Generator().manual_seed(rows + classes)
+    logits = torch.randn(rows, classes, generator=generator).mul_(2).to(getattr(torch, case.dtype))
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    return prepare(case.op, case.what, logits, target, case.threads, compiled)
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------
+
+LARGE = (2048, 32768)  # 256 MiB in float32, far larger than a cache
+LANGUAGE_MODEL = (512, 50257)
+GATED = (128, 50257)  # 25 MB in float32: streams, and 100 rounds of it fit the three minutes of a quick run
+SMALL = (64, 1000)
+TINY = (4, 8)
+HALF = ("bfloat16", "float16")
+
+
+def case(op: str, what: str, shape: tuple[int, int], dtype: str, threads: int, gated: bool = False) -> Case:
+    moved = PASSES.get(what, 0) * shape[0] * shape[1] * getattr(torch, dtype).itemsize
+    return Case(op, shape, dtype, what, threads, gated, moved, build)
+
+
+def cases() -> list[Case]:
+    """Every case; the gated ones first."""
+    main = ("z_loss", "cross_entropy")
+    gated = [
+        *((op, what, GATED, "float32") for op in OPS for what in PASSES),
+        *((op, what, GATED, "bfloat16") for op in main for what in PASSES),
+        *((op, what, SMALL, "float32") for op in OPS for what in ("forward", "forward_backward")),
+        *(("z_loss", what, SMALL, dtype) for what in ("forward", "backward") for dtype in ("float16", "float64")),
+        *((op, what, TINY, "float32") for op in main for what in CALLS),
+    ]
+    informing = [
+        *((op, what, LARGE, "float32", 1) for op in main for what in PASSES),
+        *((op, what, LANGUAGE_MODEL, dtype, 1) for op in OPS for dtype in ("float32", "bfloat16") for what in PASSES),
+        *((op, what, TINY, "float32", 1) for op in OPS for what in CALLS if op not in main),
+    ]
+    if available_threads() > 1:
+        threads = available_threads()
+        informing += [(op, what, LARGE, "float32", threads) for op in main for what in PASSES]
+        informing += [
+            (op, what, LANGUAGE_MODEL, dtype, threads)
+            for op in main
+            for dtype in ("float32", "bfloat16")
+            for what in PASSES
+        ]
+    return [case(*chosen, 1, True) for chosen in gated] + [case(*chosen) for chosen in informing]
+
+
+def custom_cases(ops: list[str], shape: tuple[int, int], dtype: str) -> list[Case]:
+    """All passes at a shape and dtype of the user's choice, on all threads."""
+    return [case(op, what, shape, dtype, torch.get_num_threads()) for op in ops for what in PASSES]

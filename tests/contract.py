@@ -1,0 +1,2056 @@
+"""The contract: what every operator and public function of pyops does, whatever its family.
+
+Each family describes its operators and functions in ``tests/<family>/samples.py`` (``OPS`` and ``FUNCTIONS``:
+tuples of :class:`Op` and :class:`Function`). Everything below runs over all of them, and the first tests fail when
+the dispatcher knows an operator, or the package a function, that no table describes.
+
+The accuracy rule is :func:`assert_accurate`; nothing here has a hand-picked tolerance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TESTS = Path(__file__).resolve().parent
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ALL_DTYPES = (
+    *FLOATING,
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+
+
+# ---- what a family describes -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a public function, all by name."""
+
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any]
+
+    def __call__(self, function: Callable) -> tuple[Tensor, ...]:
+        result = function(**self.tensors, **self.options)
+        return result if isinstance(result, tuple) else (result,)
+
+    def replace(self, **changed: Any) -> Call:
+        """The same call with some tensors or options changed."""
+        tensors = {name: changed.get(name, tensor) for name, tensor in self.tensors.items()}
+        options = {**self.options, **{name: value for name, value in changed.items() if name not in tensors}}
+        return Call(tensors, options)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with every tensor changed."""
+        return Call({n: None if t is None else change(t) for n, t in self.tensors.items()}, self.options)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call with every floating tensor converted."""
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def given(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if tensor is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """A bad call: what to change in a good one, and the error; ``text`` is what follows "pyops::<name>: "."""
+
+    label: str
+    change: Callable[[dict[str, Any]], dict[str, Any]]
+    error: type[Exception]
+    text: str
+    by_value: bool = False  # depends on tensor elements, so that a fake tensor cannot know
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A public function.
+
+    ``make(variant, dtype, seed, **sizes)`` builds a :class:`Call`; ``sizes`` overrides the named sizes below. A
+    size may be 0 or 1. ``definition`` is the mathematical definition as differentiable torch code, independent
+    of the package, in the dtype of its arguments; ``plain`` the honest torch code in the working dtype.
+    """
+
+    name: str
+    function: Callable
+    make: Callable[..., Call]
+    variants: tuple[str, ...]  # the first is the plain one
+    per_row: str  # a variant whose output has one entry per row, for checks of independence
+    full: str  # a variant in which every tensor argument is given
+    sizes: dict[str, int]
+    edges: dict[str, tuple[int, ...]]  # per size: tile borders and their neighbours
+    large: tuple[dict[str, int], ...]  # sizes at which work is shared among threads
+    batch: dict[str, int]  # tensor argument -> its batch dimension
+    differentiable: tuple[str, ...]
+    definition: Callable
+    plain: Callable
+    calls: Callable[[bool], st.SearchStrategy[Call]]  # random calls; True asks for tiny ones
+    stages: Callable  # (call, upstream, forward context, backward context) -> results, on split backends
+    module: Callable[[Call], tuple[torch.nn.Module, tuple[Tensor, ...]]]  # a module that does the call
+    autocast: dict[torch.dtype, torch.dtype]  # dtype of the differentiable argument -> dtype of the output
+    aliases: Callable[[], Iterator[tuple[str, Tensor, Callable[[Tensor], Call]]]]  # arguments sharing memory
+    rejections: tuple[Rejection, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operator of the dispatcher; ``make(variant, dtype, seed, **sizes)`` gives arguments by schema name."""
+
+    name: str
+    make: Callable[..., dict[str, Any]]
+    variants: tuple[str, ...]
+    full: str  # a variant in which every tensor argument is given
+    accepts: dict[str, tuple[torch.dtype, ...]]  # dtypes a tensor argument of the full variant may have
+    public_name: Callable[[dict[str, Any]], str]  # the name in error texts
+    differentiable: tuple[str, ...]
+    rejections: tuple[Rejection, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.pyops, self.name).default
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensor arguments."""
+        return [a.name for a in self.overload._schema.arguments if "Tensor" in str(a.type)]
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the arguments that the operator changes."""
+        arguments = self.overload._schema.arguments
+        return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def __call__(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Outputs, then the arguments that were changed (in place: pass copies)."""
+        result = self.overload(**arguments)
+        outputs = result if isinstance(result, tuple) else () if result is None else (result,)
+        return (*outputs, *(arguments[name] for name in self.written))
+
+
+@functools.cache
+def families() -> tuple[Any, ...]:
+    found = sorted(path.parent.name for path in TESTS.glob("*/samples.py"))
+    return tuple(importlib.import_module(f"{name}.samples") for name in found)
+
+
+def functions() -> tuple[Function, ...]:
+    return tuple(itertools.chain.from_iterable(family.FUNCTIONS for family in families()))
+
+
+def ops() -> tuple[Op, ...]:
+    return tuple(itertools.chain.from_iterable(family.OPS for family in families()))
+
+
+# ---- backends ----------------------------------------------------------------------------------------------
+
+BACKENDS = ("cpu:baseline", "cpu:avx2", "cpu:avx512", "triton-interpreted", "reference", "cuda")
+on_every_backend = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name for name in BACKENDS],
+    indirect=True,
+)
+
+
+def native():
+    import pyops._lib
+
+    return pyops._lib.native
+
+
+@functools.cache
+def unavailable(backend: str) -> str:
+    """Why a backend cannot run here, or an empty string."""
+    from pyops import _dispatch, _lib
+
+    kind, _, level = backend.partition(":")
+    if kind == "cpu":
+        native().force_isa(level)
+        reached = native().current_isa()
+        native().force_isa(None)
+        return "" if reached == level else f"this processor reaches {native().detected_isa()} only"
+    if kind == "cuda":
+        return _lib.cuda_unavailable()
+    return _dispatch.triton_unavailable() if kind == "triton-interpreted" else ""
+
+
+@contextlib.contextmanager
+def running_on(backend: str) -> Iterator[None]:
+    """Within the block, calls on CPU tensors run on one backend ("default": whatever a user gets)."""
+    import pyops
+
+    kind, _, level = backend.partition(":")
+    if kind == "cpu":
+        native().force_isa(level)
+        try:
+            yield
+        finally:
+            native().force_isa(None)
+    elif backend in ("default", "cuda"):
+        yield
+    else:
+        with pyops.use_backend("triton" if kind == "triton-interpreted" else kind):
+            yield
+
+
+def on_device(call: Call, backend: str) -> Call:
+    return call.map(Tensor.cuda) if backend == "cuda" else call
+
+
+def is_slow(backend: str) -> bool:
+    """Interpreted kernels take milliseconds per tile."""
+    return backend == "triton-interpreted"
+
+
+# ---- comparing ---------------------------------------------------------------------------------------------
+
+Results = dict[str, Tensor]  # "output 0", ..., "gradient of <argument>"
+
+
+def upstream_gradient(output: Tensor) -> Tensor:
+    """A fixed gradient without zeros whose entries are exact in every floating dtype."""
+    count = torch.arange(output.numel(), device=output.device)
+    eighths = count * 5 % 13 - 6
+    return (torch.where(eighths == 0, 7, eighths) / 8).reshape(output.shape).to(output.dtype)
+
+
+def outputs_and_gradients(function: Callable, call: Call, wanted: tuple[str, ...]) -> Results:
+    """Outputs of a call and the gradients of some of its tensors, for a fixed upstream gradient."""
+    leaves = {name: call.tensors[name].detach().requires_grad_() for name in wanted}
+    outputs = call.replace(**leaves)(function)
+    results = {f"output {position}": output.detach() for position, output in enumerate(outputs)}
+    roots = [output for output in outputs if output.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [upstream_gradient(root) for root in roots])
+    return results | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def ulp(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
+    """The spacing of numbers of a dtype at some magnitudes."""
+    info = torch.finfo(dtype)
+    _, exponent = magnitude.clamp(min=info.tiny).frexp()
+    return torch.ldexp(torch.tensor(info.eps / 2, dtype=torch.float64), exponent)
+
+
+def assert_accurate(
+    ours: Tensor,
+    same_dtype_torch: Tensor,
+    float64_reference: Tensor,
+    what: str = "",
+    working: torch.dtype | None = None,
+) -> None:
+    """The accuracy rule, for one output or gradient.
+
+    With K = ours, P = plain torch in the working dtype, R = float64 on the same rounded inputs::
+
+        max |K - R|  <=  2 max |P - R| + 4 ulp(max |R|)
+        mean |K - R| <=  1.5 mean |P - R| + mean ulp(R) / 2
+
+    The last term lets a correctly rounded result pass where P happens to be exact; the rule for means says
+    nothing about a handful of numbers and is applied from 16 on. If R is 0 throughout, everything has cancelled and
+    ulp(1) stands for ulp(max |R|). Of float64 a relative error of 1e-12 is asked. Where R is NaN, infinite or beyond
+    the dtype, ours must be NaN or that infinity. ``working`` is the dtype of the computation, where ours is stored
+    in a wider one.
+    """
+    assert ours.shape == float64_reference.shape, f"{what}: {ours.shape} is not {float64_reference.shape}"
+    assert float64_reference.dtype == torch.float64, f"{what}: the reference must be float64"
+    dtype = max(ours.dtype, working or ours.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    rounded = float64_reference.to(dtype)
+    assert_same_specials(ours, rounded, what)
+    finite = rounded.isfinite()
+    if not finite.any():
+        return
+    exact = float64_reference[finite]
+    error = (ours[finite].double() - exact).abs()
+    largest = exact.abs().max()
+    scale = f"{dtype}, largest value {largest:.3g}"
+    if dtype == torch.float64:
+        bound = 1e-12 * (largest.item() or 1)
+        assert error.max() <= bound, f"{what}: error {error.max():.3g} exceeds {bound:.3g} ({scale})"
+        return
+    plain_error = (same_dtype_torch[finite].double() - exact).abs()
+    plain_error = plain_error[plain_error.isfinite()]  # where plain torch overflows it sets no bar
+    worst_plain = plain_error.max().item() if plain_error.numel() else 0.0
+    bound = 2 * worst_plain + 4 * ulp(dtype, largest if largest > 0 else torch.ones_like(largest)).item()
+    assert error.max() <= bound, (
+        f"{what}: error {error.max():.3g} exceeds {bound:.3g} ({scale}, plain torch {worst_plain:.3g})"
+    )
+    if plain_error.numel() < 16:
+        return
+    bound = 1.5 * plain_error.mean().item() + ulp(dtype, exact.abs()).mean().item() / 2
+    assert error.mean() <= bound, (
+        f"{what}: mean error {error.mean():.3g} exceeds {bound:.3g} ({scale}, plain torch {plain_error.mean():.3g})"
+    )
+
+
+def assert_same_specials(ours: Tensor, expected: Tensor, what: str = "") -> None:
+    """NaN exactly where expected, infinities of the same sign exactly where expected."""
+    for name, test in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = test(ours) != test(expected)
+        assert not wrong.any(), (
+            f"{what}: {name} in the wrong places, e.g. {tuple(wrong.nonzero()[0].tolist())}: "
+            f"{ours[wrong].flatten()[0]} instead of {expected[wrong].flatten()[0]}"
+        )
+
+
+def assert_results_accurate(ours: Results, plain: Results, reference: Results, what: str = "") -> None:
+    assert ours.keys() == reference.keys()
+    working = torch.float64 if plain["output 0"].dtype == torch.float64 else torch.float32
+    for name, tensor in ours.items():
+        assert tensor is not None, f"{what} {name} is None"
+        rounded = plain[name].to(tensor.dtype)
+        assert_accurate(tensor, rounded, reference[name], f"{what} {name}".strip(), working)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal to the last bit; NaN equals NaN."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    same = (actual == expected) & (actual.signbit() == expected.signbit()) | (actual != actual) & (expected != expected)
+    assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} elements differ"
+
+
+def assert_same_results(actual: Results, expected: Results, what: str = "") -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert_same_bits(tensor, expected[name], f"{what} {name}".strip())
+
+
+def expected_results(function: Function, call: Call, wanted: tuple[str, ...]) -> tuple[Results, Results]:
+    """(plain torch, float64 reference) on the same rounded inputs. Plain torch computes 16-bit types in float32,
+    as torch's own kernels do: a stricter bar than rounding every intermediate."""
+    dtype = call.tensors[function.differentiable[0]].dtype
+    working = call if dtype in (torch.float32, torch.float64) else call.to(torch.float32)
+    plain = outputs_and_gradients(function.plain, working, wanted)
+    return plain, outputs_and_gradients(function.definition, call.to(torch.float64), wanted)
+
+
+def check_accuracy(function: Function, call: Call, what: str = "") -> None:
+    """Outputs and gradients of a call obey the accuracy rule."""
+    wanted = function.differentiable
+    ours = outputs_and_gradients(function.function, call, wanted)
+    for name in wanted:
+        assert ours[f"gradient of {name}"].dtype == call.tensors[name].dtype
+    assert_results_accurate(ours, *expected_results(function, call, wanted), what)
+
+
+# ---- generators --------------------------------------------------------------------------------------------
+
+
+def placed(tensor: Tensor, buffer_shape: tuple[int, ...], where: Callable[[Tensor], Tensor]) -> Tensor:
+    """The values of a tensor in a view of a larger buffer, whose other elements would show if they were read: NaN,
+    or an index that is out of range."""
+    poison = float("nan") if tensor.is_floating_point() else -12345
+    view = where(torch.full(buffer_shape, poison, dtype=tensor.dtype))
+    view.copy_(tensor)
+    return view
+
+
+def layouts(tensor: Tensor, *, written: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Views of every kind, each to be compared with its own contiguous copy. A tensor that will be written cannot
+    overlap itself, and torch does not write through a negative bit."""
+    shape = tensor.shape
+    for dim, size in enumerate(shape):
+        doubled = (*shape[:dim], 2 * size + 3, *shape[dim + 1 :])
+        steps = [slice(None)] * dim + [slice(3, None, 2)]
+        yield f"every second along {dim}", placed(tensor, doubled, lambda t, steps=steps: t[tuple(steps)])
+        yield f"padded along {dim}", placed(tensor, doubled, lambda t, dim=dim, size=size: t.narrow(dim, 1, size))
+        yield f"flipped along {dim}", tensor.flip(dim)
+        if not written:
+            yield f"expanded along {dim}", tensor.narrow(dim, 0, 1).expand(shape)
+    for order in itertools.islice(itertools.permutations(range(tensor.dim())), 1, 6):
+        inverse = [order.index(dim) for dim in range(tensor.dim())]
+        yield f"stored as {order}", tensor.permute(order).contiguous().permute(inverse)
+    if tensor.dim() == 4:
+        yield "channels last", tensor.contiguous(memory_format=torch.channels_last)
+    if tensor.dim() > 1 and not written:
+        yield "overlapping rows", tensor.reshape(-1).as_strided(shape, [1] * tensor.dim())
+    if tensor.is_floating_point() and not written:
+        yield "negative bit", torch._neg_view(-tensor)
+
+
+def misaligned(tensor: Tensor, offset: int) -> Tensor:
+    """The same values, starting some elements into their storage."""
+    return placed(
+        tensor, (tensor.numel() + offset,), lambda buffer: buffer[offset:].as_strided(tensor.shape, tensor.stride())
+    )
+
+
+def fresh(arguments: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    """Arguments with contiguous copies of all tensors but the changed ones."""
+    copies = {
+        n: a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for n, a in arguments.items()
+    }
+    return copies | changed
+
+
+def applicable(kind: str) -> list | None:
+    """The items that a test asks for by the name of an argument."""
+    choices = {
+        "op": ops,
+        "differentiable_op": lambda: [op for op in ops() if op.differentiable],
+        "writing_op": lambda: [op for op in ops() if op.written],
+        "functional_op": lambda: [op for op in ops() if not op.written],
+        "function": functions,
+    }
+    return list(choices[kind]()) if kind in choices else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrises over functions or operators and, as far as the test asks for them, their variants or the names of
+    their tensor arguments."""
+    kind = next((name for name in metafunc.fixturenames if applicable(name) is not None), None)
+    if kind is None:
+        return
+    items = applicable(kind)
+    second = next((name for name in ("variant", "argument") if name in metafunc.fixturenames), None)
+    if second is None:
+        metafunc.parametrize(kind, items, ids=str)
+        return
+
+    def names(item: Op | Function) -> list[str]:
+        if second == "variant":
+            return list(item.variants)
+        return item.tensors if isinstance(item, Op) else list(item.make(item.full).given())
+
+    pairs = [(item, name) for item in items for name in names(item)]
+    metafunc.parametrize((kind, second), pairs, ids=[f"{item}-{name}" for item, name in pairs])
+
+
+@contextlib.contextmanager
+def recorded_ops() -> Iterator[Counter]:
+    """Counts the pyops operators that run within the block."""
+    counts: Counter = Counter()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "pyops":
+                counts[function._schema.name.removeprefix("pyops::")] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield counts
+
+
+def in_fresh_process(script: str, *arguments: object, timeout: float = 180, **environment: str) -> str:
+    """Runs Python code in a new interpreter that can import the tests; its output, or a failed test."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def error_of(call: Callable[[], object]) -> tuple[type[Exception], str]:
+    """Type and text of what a call raises."""
+    try:
+        result = call()
+    except Exception as error:
+        return type(error), str(error)
+    raise AssertionError(f"no error, but {result!r}")
+
+
+# ---- nothing is left out -----------------------------------------------------------------------------------
+
+
+def test_every_operator_is_in_a_table():
+    import pyops  # noqa: F401  (loads the operators)
+
+    known = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyops::")}
+    described = {f"pyops::{op.name}" for op in ops()}
+    assert known == described, f"without an entry: {known - described}; without an operator: {described - known}"
+
+
+def test_every_public_function_is_in_a_table():
+    import pyops
+
+    tools = {"explain", "use_backend"}  # take no tensors to compute with; tested in test_package.py
+    public = {name for name in pyops.__all__ if callable(getattr(pyops, name))} - tools
+    assert public == {function.name for function in functions()}
+
+
+def test_every_module_is_in_a_table():
+    import pyops
+
+    modules = {type(f.module(f.make(f.variants[0]))[0]).__name__ for f in functions()}
+    assert modules == set(pyops.nn.__all__)
+
+
+def test_every_family_has_its_folder():
+    import pyops
+
+    package = Path(pyops.__file__).parent
+    declared = {path.parent.name for path in package.glob("*/reference.py")}
+    assert declared == {family.__name__.partition(".")[0] for family in families()}
+
+
+def test_every_tensor_argument_is_given(op):
+    assert [name for name in op.tensors if op.make(op.full)[name] is None] == []
+
+
+def test_only_operators_named_so_write(op):
+    assert bool(op.written) == op.name.endswith("_")
+    returns = op.overload._schema.returns
+    assert all(result.alias_info is None for result in returns), "an output shares memory with an argument"
+
+
+# ---- the accuracy rule (R4, R7, R8, R47) ---------------------------------------------------------------------
+
+
+@pytest.mark.row("R47")
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@on_every_backend
+def test_accuracy(function, variant, dtype, backend):
+    check_accuracy(function, on_device(function.make(variant, dtype), backend))
+
+
+@pytest.mark.row("R4")
+@on_every_backend
+def test_sizes_one_prime_and_around_tiles(function, backend, count_cases):
+    cases = 0
+    for size, values in function.edges.items():
+        for value in values:
+            if is_slow(backend) and value > 100:
+                continue
+            for variant, dtype in ((function.per_row, torch.float32), (function.full, torch.bfloat16)):
+                sizes = {**function.sizes, size: value}
+                call = on_device(function.make(variant, dtype, seed=value, **sizes), backend)
+                check_accuracy(function, call, f"{size} = {value}, {variant}")
+                cases += 1
+    count_cases(cases)
+
+
+@pytest.mark.row("R4")
+@on_every_backend
+def test_all_sizes_one(function, variant, backend):
+    check_accuracy(function, on_device(function.make(variant, **dict.fromkeys(function.sizes, 1)), backend))
+
+
+def magnitude_name(magnitude: tuple[float, float]) -> str:
+    return f"scale {magnitude[0]:g} offset {magnitude[1]:g}"
+
+
+MAGNITUDES = ((1e-4, 0.0), (1e5, 0.0), (1.0, 1e3), (1.0, -1e4), (1e-3, 1e2), (30.0, 1e5), (1e-6, 1e-6), (1e3, -1e3))
+
+
+@pytest.mark.row("R8")
+@pytest.mark.parametrize("magnitude", MAGNITUDES, ids=magnitude_name)
+@on_every_backend
+def test_large_and_small_magnitudes(function, magnitude, backend):
+    scale, offset = magnitude
+    for variant in (function.per_row, function.full):
+        call = on_device(function.make(variant, seed=7, scale=scale, offset=offset), backend)
+        check_accuracy(function, call, variant)
+
+
+def extreme_values(dtype: torch.dtype) -> dict[str, tuple[float, ...]]:
+    """Fillings of an argument, repeated along it. Squares of the larger ones overflow the dtype, not float64."""
+    info = torch.finfo(dtype)
+    return {
+        "zeros": (0.0,),
+        "negative zeros": (-0.0, 0.0),
+        "equal": (0.7,),
+        "largest": (info.max, -info.max, 0.5 * info.max),
+        "equal and largest": (info.max,),
+        "smallest normal": (info.tiny, -info.tiny),
+        "denormals": (info.smallest_normal / 4, 0.0, -info.smallest_normal / 2),
+        "both ends": (info.max, info.tiny, -1.0, 0.0),
+    }
+
+
+@pytest.mark.row("R7")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("values", extreme_values(torch.float32))
+@on_every_backend
+def test_extreme_values(function, values, dtype, backend):
+    """Finite where the formula is, by the accuracy rule."""
+    call = function.make(function.per_row, dtype)
+    pattern = torch.tensor(extreme_values(dtype)[values], dtype=dtype)
+    for name in function.differentiable:
+        shape = call.tensors[name].shape
+        repeated = pattern.repeat(-(-shape.numel() // len(pattern)))[: shape.numel()].reshape(shape)
+        check_accuracy(function, on_device(call.replace(**{name: repeated}), backend), name)
+
+
+@pytest.mark.row("R6")
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")], ids=str)
+@on_every_backend
+def test_specials_in_differentiable_arguments(function, special, backend, count_cases):
+    """NaN and infinities come out exactly where the definition has them; other rows do not notice."""
+    count_cases(check_specials(function, special, backend, function.differentiable, assert_same_specials))
+
+
+@pytest.mark.row("R6")
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")], ids=str)
+@on_every_backend
+def test_specials_in_other_arguments(function, special, backend, count_cases):
+    """A result is finite exactly where the definition's is. (Of an infinite weight the definition makes infinity
+    minus infinity along its way; whether that shows as NaN or infinity says nothing about the weight.)"""
+
+    def assert_as_finite(ours: Tensor, expected: Tensor, what: str) -> None:
+        wrong = ours.isfinite() != expected.isfinite()
+        assert not wrong.any(), f"{what}: {ours[wrong][0]} instead of {expected[wrong][0]}"
+
+    names = function.make(function.full).given()
+    others = tuple(n for n, t in names.items() if t.is_floating_point() and n not in function.differentiable)
+    count_cases(check_specials(function, special, backend, others, assert_as_finite))
+
+
+def check_specials(function: Function, special: float, backend: str, names: tuple[str, ...], compare: Callable) -> int:
+    """Puts a special value into three places of each argument; the number of cases."""
+    cases = 0
+    for variant, name in itertools.product((function.per_row, function.full), names):
+        good = function.make(variant)
+        if good.tensors[name] is None:
+            continue
+        for position in (0, good.tensors[name].numel() // 2, good.tensors[name].numel() - 1):
+            changed = good.tensors[name].clone()
+            changed.view(-1)[position] = special
+            call = on_device(good.replace(**{name: changed}), backend)
+            ours = outputs_and_gradients(function.function, call, function.differentiable)
+            expected = outputs_and_gradients(function.definition, call.to(torch.float64), function.differentiable)
+            for result, value in ours.items():
+                compare(value, expected[result], f"{variant}, {name}[{position}], {result}")
+            cases += 1
+    return cases
+
+
+@pytest.mark.row("R47")
+@pytest.mark.parametrize("backward_on", [name for name in BACKENDS if name != "cuda"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"], indirect=True)
+def test_forward_of_one_backend_with_backward_of_another(function, backend, backward_on, count_cases):
+    """What a forward saves means the same on every backend."""
+    if unavailable(backward_on):
+        pytest.skip(unavailable(backward_on))
+    contexts = (functools.partial(running_on, backend), functools.partial(running_on, backward_on))
+    for variant in (function.per_row, function.full, function.variants[0]):
+        call = function.make(variant, seed=5)
+        results = function.stages(call, *contexts)
+        assert_results_accurate(results, *expected_results(function, call, function.differentiable), variant)
+    count_cases(3)
+
+
+# ---- layouts (R1, R2, R3) ------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("R1")
+def test_layouts_equal_contiguous(op, argument, count_cases):
+    """Any strides, one argument at a time, to the last bit; what lies around a written view stays. Where a layout
+    changes the values to ones that the operator rejects, the error is the same."""
+    arguments = op.make(op.full)
+    cases = 0
+    for label, view in layouts(arguments[argument], written=argument in op.written):
+        expected = outcome(op, fresh(arguments, **{argument: view.clone(memory_format=torch.contiguous_format)}))
+        storage_before = whole_storage(view).clone()
+        actual = outcome(op, fresh(arguments, **{argument: view}))
+        if isinstance(expected, str):
+            assert actual == expected, label
+            continue
+        for position, tensor in enumerate(actual):
+            assert_same_bits(tensor, expected[position], f"{label}, output {position}")
+        untouched = outside(view) if argument in op.written else slice(None)
+        assert_same_bits(whole_storage(view)[untouched], storage_before[untouched], f"{label}, memory of the input")
+        cases += 1
+    count_cases(cases)
+
+
+def outcome(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...] | str:
+    """What an operator returns, or what it says of an index that is out of range."""
+    try:
+        with torch.no_grad():
+            return op(arguments)
+    except IndexError as error:
+        return str(error)
+
+
+def whole_storage(view: Tensor) -> Tensor:
+    """All elements of the memory that a view lies in."""
+    elements = view.untyped_storage().nbytes() // view.element_size()
+    return (
+        torch._neg_view(view).as_strided((elements,), (1,), 0)
+        if view.is_neg()
+        else view.as_strided((elements,), (1,), 0)
+    )
+
+
+def outside(view: Tensor) -> Tensor:
+    """A mask of the storage: elements that do not belong to the view."""
+    mask = torch.ones(view.untyped_storage().nbytes() // view.element_size(), dtype=torch.bool)
+    mask.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    return mask
+
+
+@pytest.mark.row("R2")
+def test_offsets_equal_aligned(op, argument, count_cases):
+    """Starting at any element of a storage, 1 to 15 past its aligned begin."""
+    arguments = op.make(op.full)
+    with torch.no_grad():
+        expected = op(fresh(arguments))
+        for offset in range(1, 16):
+            changed = fresh(arguments)
+            changed[argument] = misaligned(changed[argument], offset)
+            for position, tensor in enumerate(op(changed)):
+                assert_same_bits(tensor, expected[position], f"offset {offset}, output {position}")
+    count_cases(15)
+
+
+@pytest.mark.row("R1")
+def test_layouts_of_differentiable_arguments(function, count_cases):
+    """Output and gradient are those of the contiguous copy, to the last bit."""
+    call = function.make(function.full)
+    cases = 0
+    for name in function.differentiable:
+        for label, view in layouts(call.tensors[name]):
+            actual = outputs_and_gradients(function.function, call.replace(**{name: view}), function.differentiable)
+            copy_of = view.clone(memory_format=torch.contiguous_format)
+            expected = outputs_and_gradients(
+                function.function, call.replace(**{name: copy_of}), function.differentiable
+            )
+            assert_same_results(actual, expected, label)
+            cases += 1
+    count_cases(cases)
+
+
+@pytest.mark.row("R1")
+def test_expanded_upstream_gradient(function):
+    """``loss.sum().backward()`` sends a gradient of stride 0."""
+    call = function.make(function.per_row)
+    leaves = {name: call.tensors[name].clone().requires_grad_() for name in function.differentiable}
+    (output, *_) = call.replace(**leaves)(function.function)
+    ones = torch.ones_like(output)
+    expected = torch.autograd.grad(output, [*leaves.values()], ones, retain_graph=True)
+    actual = torch.autograd.grad(output.sum(), [*leaves.values()])
+    for left, right in zip(actual, expected, strict=True):
+        assert_same_bits(left, right)
+
+
+@pytest.mark.row("R1")
+def test_written_argument_must_not_overlap_itself(writing_op):
+    op = writing_op
+    arguments = op.make(op.full)
+    for name in op.written:
+        shape = arguments[name].shape
+        for label, view in (
+            ("expanded", torch.zeros(shape[1:]).expand(shape)),
+            ("overlapping", torch.zeros(shape.numel()).as_strided(shape, [1] * len(shape))),
+        ):
+            kind, text = error_of(lambda view=view, name=name: op(fresh(arguments, **{name: view})))
+            assert kind is RuntimeError, label
+            assert text.startswith(f"pyops::{op.public_name(arguments)}: {name} must "), text
+
+
+@pytest.mark.row("R3")
+@on_every_backend
+def test_empty_dimensions(function, variant, backend, count_cases):
+    """Each size 0, and all: the right shape, the identity of the reduction, a gradient of zeros."""
+    names = list(function.sizes)
+    empties = [{name: 0} for name in names] + [dict.fromkeys(names, 0)]
+    for sizes in empties:
+        call = on_device(function.make(variant, **{**function.sizes, **sizes}), backend)
+        ours = outputs_and_gradients(function.function, call, function.differentiable)
+        expected = outputs_and_gradients(function.definition, call.to(torch.float64), function.differentiable)
+        for name, tensor in ours.items():
+            assert tensor.shape == expected[name].shape, f"{sizes} {name}"
+            if tensor.numel() == 0:
+                continue
+            if name.startswith("gradient") and not expected[name].any():
+                assert not tensor.any(), f"{sizes} {name}"
+            else:
+                assert_accurate(tensor, tensor, expected[name], f"{sizes} {name}")
+    count_cases(len(empties))
+
+
+# ---- errors (R9, R10) ------------------------------------------------------------------------------------------
+
+
+def as_fake(arguments: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
+    return {n: mode.from_tensor(a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
+
+
+def as_meta(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {n: a.to("meta") if isinstance(a, Tensor) else a for n, a in arguments.items()}
+
+
+def fake_error(op: Op, arguments: dict[str, Any]) -> tuple[type[Exception], str]:
+    with FakeTensorMode() as mode:
+        return error_of(lambda: op(as_fake(arguments, mode)))
+
+
+def assert_rejected_alike(op: Op, arguments: dict[str, Any], beginning: str, *, meta: bool = True) -> str:
+    """RuntimeError that begins so, in eager mode, with fake tensors and with meta tensors, in the same words."""
+    kind, text = error_of(lambda: op(arguments))
+    assert kind is RuntimeError, f"{kind.__name__}: {text}"
+    assert text.startswith(f"pyops::{op.public_name(arguments)}: {beginning}"), text
+    assert fake_error(op, arguments) == (kind, text), "fake tensors"
+    if meta:
+        assert error_of(lambda: op(as_meta(arguments))) == (kind, text), "meta tensors"
+    return text
+
+
+@pytest.mark.row("R9")
+def test_every_dtype_is_taken_or_rejected(op, argument, count_cases):
+    """Each tensor argument in every dtype while the others stay: the declared ones run, the rest are rejected."""
+    arguments = op.make(op.full)
+    for dtype in ALL_DTYPES:
+        changed = fresh(arguments)
+        changed[argument] = changed[argument].to(dtype)
+        if dtype in op.accepts[argument]:
+            with torch.no_grad():
+                op(changed)
+        else:
+            text = assert_rejected_alike(op, changed, "")
+            assert " must be " in text, text
+    count_cases(len(ALL_DTYPES))
+
+
+@pytest.mark.row("R10")
+def test_mixed_devices_are_rejected(op, argument):
+    """One argument on another device than the others (meta stands for it): named in the error, in the same words
+    with fake tensors."""
+    arguments = fresh(op.make(op.full))
+    arguments[argument] = arguments[argument].to("meta")
+    text = assert_rejected_alike(op, arguments, "", meta=False)
+    assert "meta" in text, text
+    assert "cpu" in text, text
+
+
+def other_layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of prototype layouts
+        yield "coo", tensor.to_sparse()
+        if tensor.dim() == 2:
+            yield "csr", tensor.to_sparse_csr()
+        if tensor.dim() >= 1:
+            yield "nested", torch.nested.nested_tensor([tensor, tensor])
+        if tensor.dtype == torch.float32:
+            yield "quantized", torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+        if tensor.dtype == torch.float32 and tensor.dim() >= 1:
+            yield "mkldnn", tensor.to_mkldnn()
+
+
+@pytest.mark.row("R10")
+def test_other_layouts_are_rejected(op, argument, count_cases):
+    """Sparse, nested, quantized and mkldnn tensors: an error, never a result."""
+    arguments = op.make(op.full)
+    cases = 0
+    for label, tensor in other_layouts(arguments[argument]):
+        with torch.no_grad(), pytest.raises(RuntimeError) as caught:
+            op(fresh(arguments) | {argument: tensor})
+        assert f"pyops::{op.name}" in str(caught.value) or " must " in str(caught.value), label
+        cases += 1
+    count_cases(cases)
+
+
+@pytest.mark.row("R9")
+def test_bad_calls_of_operators(op, count_cases):
+    """The table of bad calls: type and text, the same for fake and meta tensors unless values decide."""
+    for rejection in op.rejections:
+        arguments = rejection.change(fresh(op.make(op.full)))
+        expected = f"pyops::{op.public_name(arguments)}: {rejection.text}"
+        assert error_of(lambda arguments=arguments: op(arguments)) == (rejection.error, expected), rejection.label
+        if not rejection.by_value:
+            assert fake_error(op, arguments) == (rejection.error, expected), f"{rejection.label}, fake"
+            meta = as_meta(arguments)
+            assert error_of(lambda meta=meta: op(meta)) == (rejection.error, expected), f"{rejection.label}, meta"
+    count_cases(len(op.rejections))
+
+
+@pytest.mark.row("R9")
+def test_bad_calls_of_operators_in_the_reference(op, count_cases):
+    """The torch code says the same words."""
+    from pyops import _dispatch
+
+    for rejection in op.rejections:
+        arguments = rejection.change(fresh(op.make(op.full)))
+        expected = f"pyops::{op.public_name(arguments)}: {rejection.text}"
+        run = functools.partial(_dispatch._ops[op.name].reference, *arguments.values())
+        assert error_of(run) == (rejection.error, expected), rejection.label
+    count_cases(len(op.rejections))
+
+
+@pytest.mark.row("R9")
+def test_bad_calls_of_functions(function, count_cases):
+    """The table of bad calls of the public function: type and text."""
+    for rejection in function.rejections:
+        good = function.make(function.full)
+        call = good.replace(**rejection.change({**good.tensors, **good.options}))
+        kind, text = error_of(lambda call=call: call(function.function))
+        assert kind is rejection.error, f"{rejection.label}: {kind.__name__}: {text}"
+        assert text.startswith(f"pyops::{function.name}: {rejection.text}"), f"{rejection.label}: {text}"
+    count_cases(len(function.rejections))
+
+
+@pytest.mark.row("R9")
+@pytest.mark.parametrize("mode", ["grad", "no grad", "torch.func"])
+def test_functions_reject_like_their_operators(function, mode, count_cases):
+    """Wrong tensors get the operator's words on every path through the public function."""
+    call = function.make(function.full)
+    cases = 0
+    for name, tensor in call.given().items():
+        for dtype in (torch.bool, torch.complex64, torch.int8):
+            bad = call.replace(**{name: tensor.to(dtype)})
+            kind, text = error_of(lambda bad=bad: run_in_mode(function, bad, mode))
+            assert kind is RuntimeError, f"{name} {dtype}: {kind.__name__} {text}"
+            assert text.startswith(f"pyops::{function.name}: {name} must be "), f"{name} {dtype}: {text}"
+            cases += 1
+    count_cases(cases)
+
+
+def run_in_mode(function: Function, call: Call, mode: str) -> object:
+    if mode == "no grad":
+        with torch.no_grad():
+            return call(function.function)
+    name = function.differentiable[0]
+    tensor = call.tensors[name]
+    if mode == "grad":
+        return call.replace(**{name: tensor.requires_grad_() if tensor.is_floating_point() else tensor})(
+            function.function
+        )
+    return torch.func.vmap(lambda t: call.replace(**{name: t})(function.function)[0])(tensor.unsqueeze(0))
+
+
+# ---- gradients (R17 - R22) -----------------------------------------------------------------------------------
+
+
+def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [subset for size in range(len(names) + 1) for subset in itertools.combinations(names, size)]
+
+
+@pytest.mark.row("R17")
+def test_subsets_of_requires_grad(function, variant, count_cases):
+    """Only the wanted gradients are computed, they do not depend on which others are wanted, and neither does the
+    output."""
+    call = function.make(variant)
+    everything = outputs_and_gradients(function.function, call, function.differentiable)
+    for subset in subsets(function.differentiable):
+        leaves = {name: call.tensors[name].detach().requires_grad_() for name in subset}
+        outputs = call.replace(**leaves)(function.function)
+        for position, output in enumerate(outputs):
+            assert_same_bits(output.detach(), everything[f"output {position}"], f"{subset}")
+        assert outputs[0].requires_grad == bool(subset)
+        with recorded_ops() as ran:
+            if subset:
+                outputs[0].backward(upstream_gradient(outputs[0]))
+        assert bool(ran) == bool(subset), dict(ran)
+        for name, leaf in leaves.items():
+            assert_same_bits(leaf.grad, everything[f"gradient of {name}"], f"{name} of {subset}")
+    count_cases(len(subsets(function.differentiable)))
+
+
+@pytest.mark.row("R17")
+@pytest.mark.parametrize("way", ["function", "operator under autograd", "torch.func"])
+def test_arguments_without_a_derivative_must_not_ask_for_one(function, way):
+    """Never a silently missing gradient."""
+    call = function.make(function.full)
+    for name, tensor in call.given().items():
+        if name in function.differentiable or not tensor.is_floating_point():
+            continue
+        wants = tensor.clone().requires_grad_()
+        if way == "torch.func":
+            run = functools.partial(
+                torch.func.grad(lambda t, name=name: call.replace(**{name: t})(function.function)[0]), tensor
+            )
+        elif way == "function":
+            run = functools.partial(call.replace(**{name: wants}), function.function)
+        else:
+            run = functools.partial(raw_call_of, function, call.replace(**{name: wants}))
+        kind, text = error_of(run)
+        assert kind is RuntimeError, f"{name}: {kind.__name__}: {text}"
+        assert text.startswith(f"pyops::{function.name}: {name} must not require grad"), text
+        if way == "function":
+            with torch.no_grad():
+                call.replace(**{name: wants})(function.function)
+
+
+def raw_call_of(function: Function, call: Call) -> object:
+    """The operator that a public function calls, reached through the dispatcher as a compiled graph reaches it."""
+    with recorded_calls() as calls, torch.no_grad():
+        call(function.function)
+    operator, args, kwargs = calls[0]
+    return operator(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[tuple]]:
+    """The calls of pyops operators within the block: (operator, args, kwargs)."""
+    calls: list[tuple] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "pyops":
+                calls.append((function, args, kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield calls
+
+
+@pytest.mark.row("R18")
+@pytest.mark.parametrize("way", ["function", "operator"])
+def test_saved_tensors_modified_before_backward(function, argument, way):
+    """The version counter notices, or the gradient is that of the values at the time of the call."""
+    call = function.make(function.full)
+    (name,) = function.differentiable[:1]
+    expected = outputs_and_gradients(function.function, call, (name,))[f"gradient of {name}"]
+    call = call.map(torch.clone)
+    leaf = call.tensors[name].requires_grad_()
+    call = call.replace(**{name: leaf.clone()})
+    output = call(function.function)[0] if way == "function" else raw_call_of(function, call)[0]
+    with torch.no_grad():
+        changed = call.tensors[argument]
+        changed.copy_(changed.flip(0) + 1)
+    upstream = upstream_gradient(output)
+    try:
+        output.backward(upstream)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017  (either outcome is right)
+    else:
+        assert_same_bits(leaf.grad, expected, argument)
+
+
+@pytest.mark.row("R19")
+def test_arguments_that_share_memory(function, count_cases):
+    """The gradient of the shared memory is that of the definition."""
+    cases = 0
+    for label, leaf, build in function.aliases():
+        gradients = {}
+        for kind, run, dtype in (
+            ("ours", function.function, torch.float32),
+            ("plain", function.plain, torch.float32),
+            ("reference", function.definition, torch.float64),
+        ):
+            own = leaf.to(dtype, copy=True).requires_grad_()
+            build(own)(run)[0].backward()
+            gradients[kind] = own.grad
+        assert_accurate(gradients["ours"], gradients["plain"], gradients["reference"], label)
+        cases += 1
+    count_cases(cases)
+
+
+@pytest.mark.row("R19")
+def test_one_tensor_used_twice(function):
+    call = function.make(function.variants[0])
+    name = function.differentiable[0]
+    leaf = call.tensors[name].clone().requires_grad_()
+    call = call.replace(**{name: leaf})
+    (call(function.function)[0] + call(function.function)[0]).backward()
+    once = outputs_and_gradients(function.function, call.replace(**{name: leaf.detach()}), (name,))
+    scale = upstream_gradient(once["output 0"])
+    assert_accurate(leaf.grad * scale, leaf.grad * scale, 2 * once[f"gradient of {name}"].double())
+
+
+def loss_of(function: Function, call: Call) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A function of the differentiable tensors alone, and their values; of the first output."""
+    values = tuple(call.tensors[name].detach() for name in function.differentiable)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return call.replace(**dict(zip(function.differentiable, tensors, strict=True)))(function.function)[0]
+
+    return run, values
+
+
+def small(function: Function, variant: str, dtype: torch.dtype = torch.float64) -> Call:
+    return function.make(variant, dtype, **{name: min(size, 5) for name, size in function.sizes.items()})
+
+
+@pytest.mark.row("R20")
+@on_every_backend
+def test_gradcheck(function, variant, backend):
+    run, values = loss_of(function, on_device(small(function, variant), backend))
+    leaves = tuple(value.clone().requires_grad_() for value in values)
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.row("R20")
+def test_gradcheck_in_forward_mode_and_batched(function, variant):
+    run, values = loss_of(function, small(function, variant))
+    leaves = tuple(value.clone().requires_grad_() for value in values)
+    assert torch.autograd.gradcheck(
+        run, leaves, check_forward_ad=True, check_batched_forward_grad=True, check_batched_grad=True
+    )
+
+
+@pytest.mark.row("R20")
+def test_gradgradcheck(function, variant):
+    run, values = loss_of(function, small(function, variant))
+    leaves = tuple(value.clone().requires_grad_() for value in values)
+    assert torch.autograd.gradgradcheck(run, leaves, check_batched_grad=True)
+
+
+@pytest.mark.row("R20")
+def test_gradcheck_of_operators(differentiable_op, variant):
+    """Also through the dispatcher, where compiled and exported graphs take their gradients."""
+    op = differentiable_op
+    arguments = op.make(variant, torch.float64)
+    leaves = tuple(arguments[name].clone().requires_grad_() for name in op.differentiable)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return op(arguments | dict(zip(op.differentiable, tensors, strict=True)))[0]
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.row("R20")
+def test_operators_without_a_derivative_say_so(functional_op, count_cases):
+    """A gradient through an argument that has none raises; it does not come back as None or zero."""
+    op = functional_op
+    arguments = op.make(op.full, torch.float64)
+    names = [name for name in op.tensors if arguments[name].is_floating_point() and name not in op.differentiable]
+    for name in names:
+        kind, text = error_of(lambda name=name: differentiate_through(op, fresh(arguments), name))
+        assert issubclass(kind, RuntimeError), f"{name}: {kind.__name__}: {text}"
+        assert "pyops::" in text, f"{name}: {text}"
+    count_cases(len(names))
+
+
+def differentiate_through(op: Op, arguments: dict[str, Any], name: str) -> Tensor | None:
+    """The gradient of what an operator gives, with respect to one argument."""
+    leaf = arguments[name].requires_grad_()
+    outputs = op(arguments | {name: leaf.clone()})
+    next(output for output in outputs if output.is_floating_point()).sum().backward()
+    return leaf.grad
+
+
+@pytest.mark.row("R18", "R20")
+def test_autograd_knows_of_writes(writing_op):
+    """Writing raises the version counter, so that whoever saved the tensor notices; and a gradient through what was
+    written raises, as the operator has none."""
+    op = writing_op
+    for name in op.written:
+        arguments = fresh(op.make(op.full, torch.float64))
+        version = arguments[name]._version
+        with torch.no_grad():
+            op(arguments)
+        assert arguments[name]._version > version, "the write is invisible to autograd"
+        kind, text = error_of(lambda name=name: differentiate_through(op, fresh(op.make(op.full, torch.float64)), name))
+        assert issubclass(kind, RuntimeError), f"{name}: {kind.__name__}: {text}"
+
+
+@pytest.mark.row("R20")
+def test_second_derivative_of_operators_raises(differentiable_op):
+    """Differentiating an operator twice raises; the public function has exact second derivatives."""
+    op = differentiable_op
+    arguments = op.make(op.variants[0], torch.float64)
+    leaf = arguments[op.differentiable[0]].clone().requires_grad_()
+    output = op(arguments | {op.differentiable[0]: leaf})[0]
+    (gradient,) = torch.autograd.grad(output.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="pyops::"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.row("R21")
+def test_jvp(function, variant):
+    run, values = loss_of(function, small(function, variant))
+    reference, _ = loss_of(dataclasses.replace(function, function=function.definition), small(function, variant))
+    tangents = tuple(upstream_gradient(value) for value in values)
+    ours, plain = torch.func.jvp(run, values, tangents), torch.func.jvp(reference, values, tangents)
+    for name, left, right in zip(("value", "tangent"), ours, plain, strict=True):
+        assert_accurate(left, right, right, name)
+
+
+@pytest.mark.row("R21")
+def test_dual_tensors_keep_their_tangents(function, variant):
+    run, values = loss_of(function, small(function, variant))
+    reference, _ = loss_of(dataclasses.replace(function, function=function.definition), small(function, variant))
+    tangents = []
+    for loss in (run, reference):
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(v, upstream_gradient(v)) for v in values]
+            tangents.append(torch.autograd.forward_ad.unpack_dual(loss(*duals)).tangent)
+    assert tangents[0] is not None
+    assert_accurate(tangents[0], tangents[1], tangents[1])
+
+
+@pytest.mark.row("R21")
+@pytest.mark.parametrize("way", ["forward over reverse", "reverse over reverse", "reverse over forward"])
+def test_hessian(function, variant, way):
+    inner, outer = {
+        "forward over reverse": (torch.func.jacrev, torch.func.jacfwd),
+        "reverse over reverse": (torch.func.jacrev, torch.func.jacrev),
+        "reverse over forward": (torch.func.jacfwd, torch.func.jacrev),
+    }[way]
+    run, values = loss_of(function, small(function, variant))
+    reference, _ = loss_of(dataclasses.replace(function, function=function.definition), small(function, variant))
+    ours = outer(inner(lambda value: run(value).sum()))(values[0])
+    expected = outer(inner(lambda value: reference(value).sum()))(values[0])
+    assert_accurate(ours, expected, expected)
+
+
+@pytest.mark.row("R21")
+def test_forward_mode_through_operators_is_right_or_raises(differentiable_op):
+    """A tangent that silently vanishes would make every Hessian of a raw operator zero."""
+    op = differentiable_op
+    arguments = op.make(op.variants[0], torch.float64)
+    name = op.differentiable[0]
+    value = arguments[name]
+    direction = upstream_gradient(value)
+
+    def run(tensor: Tensor) -> Tensor:
+        return op(arguments | {name: tensor})[0].sum()
+
+    expected = (torch.autograd.functional.vjp(run, value)[1] * direction).sum()
+    assert expected.abs() > 1e-3, "the test needs a derivative that is not zero"
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        _, tangent = torch.func.jvp(run, (value,), (direction,))
+        assert_accurate(tangent, expected, expected, "torch.func.jvp")
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(value, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(run(dual)).tangent
+        assert tangent is not None, "the dual tensor lost its tangent"
+        assert_accurate(tangent, expected, expected, "dual tensor")
+
+
+def stacked(function: Function, variant: str, count: int, dtype: torch.dtype = torch.float64) -> list[Call]:
+    sizes = {name: min(size, 5) for name, size in function.sizes.items()}
+    return [function.make(variant, dtype, seed=seed, **sizes) for seed in range(count)]
+
+
+@pytest.mark.row("R22")
+def test_vmap_over_each_argument_and_all(function, variant, count_cases):
+    """vmap over any choice of arguments equals a loop."""
+    calls = stacked(function, variant, 3)
+    given = list(calls[0].given())
+    for mapped in [(name,) for name in given] + [tuple(given)]:
+        batch = [torch.stack([call.tensors[name] for call in calls]) for name in mapped]
+
+        def run(*tensors: Tensor, mapped: tuple[str, ...] = mapped) -> tuple[Tensor, ...]:
+            return calls[0].replace(**dict(zip(mapped, tensors, strict=True)))(function.function)
+
+        actual = torch.func.vmap(run)(*batch)
+        rows = [run(*(tensor[i] for tensor in batch)) for i in range(3)]
+        for position, result in enumerate(actual):
+            expected = torch.stack([row[position] for row in rows])
+            assert_accurate(result, expected, expected.double(), f"over {mapped}")
+    count_cases(len(given) + 1)
+
+
+@pytest.mark.row("R22")
+def test_vmap_of_gradients_nested_and_along_other_dims(function, variant):
+    """Per-sample gradients; vmap within vmap; in_dims other than 0."""
+    calls = stacked(function, variant, 4)
+    name = function.differentiable[0]
+    batch = torch.stack([call.tensors[name] for call in calls])
+
+    def loss(value: Tensor) -> Tensor:
+        return calls[0].replace(**{name: value})(function.function)[0].sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss))
+    expected = torch.stack([torch.func.grad(loss)(value) for value in batch])
+    assert_accurate(per_sample(batch), expected, expected)
+    moved = torch.func.vmap(torch.func.grad(loss), in_dims=-1, out_dims=-1)(batch.movedim(0, -1)).movedim(-1, 0)
+    assert_accurate(moved, expected, expected)
+    nested = torch.func.vmap(per_sample)(batch.unflatten(0, (2, 2))).flatten(0, 1)
+    assert_accurate(nested, expected, expected)
+
+
+@pytest.mark.row("R22")
+def test_gradient_transforms(function, variant):
+    """torch.func.grad, vjp and jacrev equal autograd; functional_call trains a module with them."""
+    run, values = loss_of(function, small(function, variant))
+    leaves = tuple(value.clone().requires_grad_() for value in values)
+    expected = torch.autograd.grad(run(*leaves).sum(), leaves)
+    output, pullback = torch.func.vjp(run, *values)
+    for position, right in enumerate(expected):
+        actual = torch.func.grad(lambda *v: run(*v).sum(), argnums=position)(*values)
+        assert_accurate(actual, right, right, "grad")
+        assert_accurate(pullback(torch.ones_like(output))[position], right, right, "vjp")
+        jacobian = torch.func.jacrev(run, argnums=position)(*values)
+        summed = jacobian.sum(tuple(range(output.dim()))) if output.dim() else jacobian
+        assert_accurate(summed, right, right, "jacrev")
+
+
+@pytest.mark.row("R22")
+def test_vmap_of_operators(functional_op, argument):
+    """The dispatcher's fallback loops over the samples."""
+    op = functional_op
+    samples = [op.make(op.full, torch.float64, seed=seed) for seed in range(3)]
+    batch = torch.stack([sample[argument] for sample in samples])
+
+    def run(tensor: Tensor) -> tuple[Tensor, ...]:
+        return op(samples[0] | {argument: tensor})
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is slow, says torch
+        actual = torch.func.vmap(run)(batch)
+        rows = [run(tensor) for tensor in batch]
+    for position, result in enumerate(actual):
+        assert_same_bits(result, torch.stack([row[position] for row in rows]), f"output {position}")
+
+
+@pytest.mark.row("R22")
+def test_torch_func_leaves_the_kernels_alone_otherwise(function):
+    """Without a transform the kernel runs, with one the composite code: not the other way round."""
+    call = function.make(function.variants[0])
+    with recorded_ops() as plainly:
+        call(function.function)
+    assert sum(plainly.values()) == 1, dict(plainly)
+    run, values = loss_of(function, call)
+    with recorded_ops() as transformed:
+        torch.func.grad(run)(*values)
+    assert not transformed, dict(transformed)
+
+
+# ---- torch's own machinery (R23 - R27) -----------------------------------------------------------------------
+
+
+def opcheck_samples(op: Op) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every variant, with and without a gradient; other dtypes; odd layouts; empty and single rows."""
+    for variant in op.variants:
+        yield variant, op.make(variant)
+        for name in op.differentiable:
+            arguments = op.make(variant)
+            yield f"{variant}, gradient", arguments | {name: arguments[name].requires_grad_()}
+    for dtype in (torch.float64, torch.bfloat16):
+        yield f"{dtype}", op.make(op.full, dtype)
+    arguments = op.make(op.full)
+    for name in op.tensors:
+        for label, view in itertools.islice(layouts(arguments[name], written=name in op.written), 1):
+            yield f"{name} {label}", fresh(arguments, **{name: view})
+    yield "one row", op.make(op.full, rows=1)
+    yield "other sizes", op.make(op.full, rows=2, classes=16)
+
+
+@pytest.mark.row("R23")
+def test_opcheck(op, count_cases):
+    """Schema, fake tensors, autograd registration, and compiling with static and dynamic shapes."""
+    cases = 0
+    for label, arguments in opcheck_samples(op):
+        result = torch.library.opcheck(op.overload, (), arguments, raise_exception=False)
+        assert set(result.values()) == {"SUCCESS"}, f"{label}: {result}"
+        cases += 1
+    assert cases >= 10
+    count_cases(cases)
+
+
+def training_step(function: Function, call: Call) -> Callable[..., tuple[Tensor, ...]]:
+    """The outputs of a call as a function of all its tensors, between two operations of torch's own."""
+    names = list(call.given())
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, tensors, strict=True))
+        name = function.differentiable[0]
+        outputs = call.replace(**given | {name: given[name] * 2})(function.function)
+        return (outputs[0] * 3, *outputs[1:])
+
+    return step
+
+
+def run_step(step: Callable, function: Function, call: Call) -> Results:
+    leaves = {n: t.detach().clone() for n, t in call.given().items()}
+    for name in function.differentiable:
+        leaves[name].requires_grad_()
+    outputs = step(*leaves.values())
+    outputs[0].backward(upstream_gradient(outputs[0]))
+    results = {f"output {position}": output.detach() for position, output in enumerate(outputs)}
+    return results | {f"gradient of {name}": leaves[name].grad for name in function.differentiable}
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.row("R24")
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compile_fullgraph(function, variant):
+    """One graph, no break, to the last bit what eager mode gives; forward and backward."""
+    call = function.make(variant)
+    step = training_step(function, call)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same_results(run_step(compiled, function, call), run_step(step, function, call))
+
+
+@pytest.mark.row("R24")
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile_with_inductor(function, mode):
+    call = function.make(function.full)
+    step = training_step(function, call)
+    compiled = torch.compile(step, fullgraph=True, mode=mode)
+    for _ in range(2):  # a captured graph is replayed from the second call on
+        assert_same_results(run_step(compiled, function, call), run_step(step, function, call))
+
+
+@pytest.mark.row("R24")
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_compile_once_for_many_sizes(function, dynamic):
+    """With dynamic=True the first call compiles all there is to compile for four sizes (torch may take two attempts at
+    it, while it finds out that the options are constants); left alone, torch compiles again once, for the second."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    sizes = [{name: size + more for name, size in function.sizes.items()} for more in (0, 1, 4, 10)]
+    first = function.make(function.full, **sizes[0])
+    compiled = torch.compile(training_step(function, first), fullgraph=True, dynamic=dynamic, backend=counter)
+    counts = []
+    for size in sizes:
+        call = function.make(function.full, **size)
+        eager = run_step(training_step(function, call), function, call)
+        assert_same_results(run_step(compiled, function, call), eager, f"{size}")
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[0] if dynamic else counts[-1] <= 2, counts
+
+
+@pytest.mark.row("R24", "R21")
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_transforms_inside_compile_are_right_or_raise(function):
+    """A graph that holds a transform of the opaque operator would give zeros."""
+    run, values = loss_of(function, small(function, function.variants[0]))
+    tangents = tuple(upstream_gradient(value) for value in values)
+    transforms = {
+        "jvp": lambda *v: torch.func.jvp(run, v, tangents)[1],
+        "grad": lambda *v: torch.func.grad(run)(*v),
+        "vmap": lambda *v: torch.func.vmap(run)(*(torch.stack([t, 2 * t]) for t in v)),
+        "hessian": lambda *v: torch.func.hessian(run)(*v),
+    }
+    for name, transform in transforms.items():
+        expected = transform(*values)
+        try:
+            actual = torch.compile(transform, backend="aot_eager")(*values)
+        except Exception as error:
+            assert "not supported" in str(error) or "pyops::" in str(error), f"{name}: {error}"  # noqa: PT017
+        else:
+            assert_accurate(actual, expected, expected.detach(), name)
+
+
+class Calling(torch.nn.Module):
+    """A call as a module of its tensors, for torch.export."""
+
+    def __init__(self, function: Function, call: Call) -> None:
+        super().__init__()
+        self.function, self.call, self.names = function.function, call, list(call.given())
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.call.replace(**dict(zip(self.names, tensors, strict=True)))(self.function)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[int, float]]:
+    """Exports every function in two variants with a dynamic batch dimension, and runs all of them in one fresh
+    process that imports only torch and pyops: {(function, variant): (operator nodes, largest difference)}."""
+    folder = tmp_path_factory.mktemp("exported")
+    for function, variant in itertools.product(functions(), ("first", "full")):
+        name = function.full if variant == "full" else function.variants[0]
+        call, other = function.make(name), function.make(name, rows=11)
+        batch = torch.export.Dim("batch", min=2)
+        given = list(call.given())
+        shapes = tuple({function.batch[n]: batch} if n in function.batch else None for n in given)
+        arguments = tuple(call.given().values())
+        program = torch.export.export(Calling(function, call), arguments, dynamic_shapes=(shapes,))
+        torch.export.save(program, folder / f"{function.name}.{variant}.pt2")
+        torch.save((tuple(other.given().values()), other(function.function)), folder / f"{function.name}.{variant}.pt")
+    script = """
+        import json, pathlib, sys, torch, pyops
+        found = {}
+        for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt2")):
+            program = torch.export.load(path)
+            nodes = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+            arguments, expected = torch.load(path.with_suffix(".pt"))
+            outputs = program.module()(*arguments)
+            equal = all(torch.equal(left, right) for left, right in zip(outputs, expected, strict=True))
+            found[path.stem] = sum(node.startswith("pyops.") for node in nodes), equal
+        print(json.dumps(found))
+    """
+    found = json.loads(in_fresh_process(script, folder).splitlines()[-1])
+    return {tuple(name.split(".")): tuple(value) for name, value in found.items()}
+
+
+@pytest.mark.row("R25")
+@pytest.mark.parametrize("which", ["first", "full"])
+def test_export_save_load_in_a_fresh_process(function, which, exported):
+    """The graph keeps one operator node and takes another batch size; the values are the same to the last bit."""
+    assert exported[function.name, which] == (1, True)
+
+
+@pytest.mark.row("R26")
+@pytest.mark.parametrize("autocast_to", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_autocast(function, dtype, autocast_to):
+    """The output has the declared dtype and obeys the accuracy rule, the gradient has the dtype of its argument; a
+    nested disabled region behaves as if there were no autocast."""
+    call = function.make(function.full, dtype)
+    plain, reference = expected_results(function, call, function.differentiable)
+    with torch.autocast("cpu", autocast_to):
+        ours = outputs_and_gradients(function.function, call, function.differentiable)
+        with torch.autocast("cpu", enabled=False):
+            nested = outputs_and_gradients(function.function, call, function.differentiable)
+    assert ours["output 0"].dtype == function.autocast[dtype]
+    assert ours[f"gradient of {function.differentiable[0]}"].dtype == dtype
+    assert_results_accurate(ours, plain, reference)
+    outside = outputs_and_gradients(function.function, call, function.differentiable)
+    assert_same_results(nested, outside)
+
+
+@pytest.mark.row("R26")
+def test_autocast_of_operators(differentiable_op):
+    """The same rule when the operator is called through the dispatcher."""
+    op = differentiable_op
+    arguments = op.make(op.full, torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = op(arguments)[0]
+        with torch.autocast("cpu", enabled=False):
+            nested = op(arguments)[0]
+    assert output.dtype == torch.float32
+    assert nested.dtype == torch.bfloat16
+
+
+@pytest.mark.row("R26")
+@pytest.mark.parametrize("mixed", FLOATING, ids=str)
+def test_mixed_dtypes_under_autocast_are_widened(function, mixed):
+    """What raises elsewhere is widened, as torch widens operands."""
+    call = function.make(function.full, torch.bfloat16)
+    others = {
+        n: t.to(mixed) for n, t in call.given().items() if t.is_floating_point() and n not in function.differentiable
+    }
+    mixed_call = call.replace(**others)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outputs_and_gradients(function.function, mixed_call, function.differentiable)
+    assert_results_accurate(ours, *expected_results(function, mixed_call.to(torch.float32), function.differentiable))
+    if mixed != torch.bfloat16:
+        assert error_of(lambda: mixed_call(function.function))[0] is RuntimeError
+
+
+@pytest.mark.row("R26")
+def test_gradient_scaler(function):
+    """A scaled step changes parameters as an unscaled one does; an overflow is found and the step skipped."""
+    call = function.make(function.variants[0])
+    name = function.differentiable[0]
+
+    def step(scaler: torch.amp.GradScaler | None, factor: float = 1.0) -> Tensor:
+        parameter = torch.nn.Parameter(call.tensors[name].clone())
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+        with torch.autocast("cpu", torch.float16):
+            loss = call.replace(**{name: parameter.half()})(function.function)[0] * factor
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return parameter.detach()
+
+    unscaled = step(None)
+    plain, reference = step(None), unscaled.double()
+    assert_accurate(
+        step(torch.amp.GradScaler("cpu", init_scale=16.0)).half(), plain.half(), reference, "", torch.float16
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    assert torch.equal(step(scaler, float("inf")), call.tensors[name])
+    assert scaler.get_scale() < 16
+
+
+@pytest.mark.row("R27")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_activation_checkpointing(function, variant, reentrant):
+    """Recomputing gives the same bits."""
+    call = function.make(variant)
+    name = function.differentiable[0]
+
+    def run(checkpointed: bool) -> Tensor:
+        leaf = call.tensors[name].clone().requires_grad_()
+
+        def part(tensor: Tensor) -> Tensor:
+            return call.replace(**{name: tensor * 2})(function.function)[0]
+
+        output = torch.utils.checkpoint.checkpoint(part, leaf, use_reentrant=reentrant) if checkpointed else part(leaf)
+        output.backward(upstream_gradient(output))
+        return leaf.grad
+
+    assert_same_bits(run(True), run(False))
+
+
+@pytest.mark.row("R27")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_without_gradient(function, variant, mode):
+    """The same bits, and nothing that requires a gradient; inference tensors can be inputs."""
+    call = function.make(variant)
+    name = function.differentiable[0]
+    expected = call(function.function)
+    with mode():
+        actual = call.replace(**{name: call.tensors[name].clone().requires_grad_()})(function.function)
+        within = call.map(torch.clone)
+    for left, right in zip(actual, expected, strict=True):
+        assert not left.requires_grad
+        assert_same_bits(left, right)
+    for left, right in zip(within(function.function), expected, strict=True):
+        assert_same_bits(left, right, "tensors made in the mode, used outside")
+
+
+@pytest.mark.row("R27")
+def test_detach_cuts(function, variant):
+    call = function.make(variant)
+    name = function.differentiable[0]
+    leaf = call.tensors[name].clone().requires_grad_()
+    assert not call.replace(**{name: leaf.detach()})(function.function)[0].requires_grad
+
+
+@pytest.mark.row("R27")
+def test_backward_twice(function, variant):
+    """With retain_graph the second gradient has the same bits; without it the second call raises."""
+    call = function.make(variant)
+    name = function.differentiable[0]
+    leaf = call.tensors[name].clone().requires_grad_()
+    output = call.replace(**{name: leaf})(function.function)[0]
+    upstream = upstream_gradient(output)
+    first = torch.autograd.grad(output, leaf, upstream, retain_graph=True)[0]
+    assert_same_bits(torch.autograd.grad(output, leaf, upstream)[0], first)
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward(upstream)
+
+
+@pytest.mark.row("R27")
+def test_hooks(function):
+    """Tensor, node, accumulation and saved-tensor hooks see the right tensors and may replace them."""
+    call = function.make(function.full)
+    name = function.differentiable[0]
+    expected = outputs_and_gradients(function.function, call, (name,))[f"gradient of {name}"]
+    leaf = call.tensors[name].clone().requires_grad_()
+    seen: dict[str, Tensor] = {}
+    leaf.register_hook(lambda gradient: seen.update(tensor=gradient))
+    leaf.register_post_accumulate_grad_hook(lambda tensor: seen.update(accumulated=tensor.grad))
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda position: packed[position]):
+        output = call.replace(**{name: leaf * 1})(function.function)[0]
+    output.grad_fn.register_prehook(lambda gradients: (gradients[0] * 2, *gradients[1:]))
+    output.backward(upstream_gradient(output) / 2)
+    assert packed, "nothing went through the hooks"
+    for gradient in (seen["tensor"], seen["accumulated"], leaf.grad):
+        assert_same_bits(gradient, expected)
+
+
+@pytest.mark.row("R46")
+def test_tensor_subclasses(function):
+    """Parameters and subclasses are tensors; wrappers that take the place of a tensor are unwrapped by torch."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    class Named(Tensor):
+        pass
+
+    call = function.make(function.full)
+    name = function.differentiable[0]
+    expected = outputs_and_gradients(function.function, call, (name,))
+    value = call.tensors[name]
+    for label, tensor in (
+        ("parameter", torch.nn.Parameter(value.clone())),
+        ("subclass", value.clone().as_subclass(Named)),
+    ):
+        output = call.replace(**{name: tensor})(function.function)[0]
+        assert_same_bits(output.detach().as_subclass(Tensor), expected["output 0"], label)
+    both = TwoTensor(value.clone(), 2 * value)
+    output = call.replace(**{name: both})(function.function)[0]
+    assert_same_bits(output.a, expected["output 0"], "wrapper")
+    doubled = outputs_and_gradients(function.function, call.replace(**{name: 2 * value}), (name,))
+    assert_same_bits(output.b, doubled["output 0"], "wrapper")
+
+
+@pytest.mark.row("R46")
+def test_functionalization_and_fake_tensors(function):
+    """A functional tensor gives the same bits; a fake one the shape and dtype without computing."""
+    call = function.make(function.full)
+    name = function.differentiable[0]
+    expected = call(function.function)[0]
+    run, values = loss_of(function, call)
+    functional = torch.func.functionalize(run)(*values)
+    assert_accurate(functional, expected, expected.double(), "functional")
+    with FakeTensorMode() as mode:
+        fake = call.map(mode.from_tensor)
+        for wants in (False, True):
+            fake = fake.replace(**{name: fake.tensors[name].requires_grad_(wants)})
+            output = fake(function.function)[0]
+            assert (output.shape, output.dtype) == (expected.shape, expected.dtype)
+        output.sum().backward()
+        assert fake.tensors[name].grad.shape == call.tensors[name].shape
+
+
+# ---- modules and processes (R28 - R33) -----------------------------------------------------------------------
+
+
+def module_results(module: torch.nn.Module, arguments: tuple[Tensor | None, ...]) -> Results:
+    leaf = arguments[0].clone().requires_grad_()
+    output = module(leaf, *arguments[1:])
+    output.backward(upstream_gradient(output))
+    return {"output 0": output.detach(), "gradient": leaf.grad}
+
+
+@pytest.mark.row("R30")
+def test_modules_do_what_their_functions_do(function, variant):
+    call = function.make(variant)
+    module, arguments = function.module(call)
+    actual = module_results(module, arguments)
+    without_dtype = Call(call.tensors, {k: v for k, v in call.options.items() if k != "out_dtype"})
+    expected = outputs_and_gradients(function.function, without_dtype, function.differentiable[:1])
+    assert_same_bits(actual["output 0"], expected["output 0"])
+    assert_same_bits(actual["gradient"], expected[f"gradient of {function.differentiable[0]}"])
+
+
+@pytest.mark.row("R30")
+def test_modules_copy_pickle_and_move(function, variant):
+    """deepcopy, pickle, a saved state, and .to(dtype) give the same module."""
+    module, arguments = function.module(function.make(variant))
+    expected = module_results(module, arguments)
+    assert_same_results(module_results(copy.deepcopy(module), arguments), expected, "deepcopy")
+    assert_same_results(module_results(pickle.loads(pickle.dumps(module)), arguments), expected, "pickle")
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    other, _ = function.module(function.make(variant, seed=1))
+    other.load_state_dict(torch.load(buffer))
+    assert_same_results(module_results(other, arguments), expected, "state_dict")
+    wide = copy.deepcopy(module).to(torch.float64)
+    wide_arguments = tuple(t.double() if t is not None and t.is_floating_point() else t for t in arguments)
+    assert module_results(wide, wide_arguments)["output 0"].dtype == torch.float64
+
+
+def run_modules(payload: bytes) -> bytes:
+    """Runs pickled modules in another process."""
+    return pickle.dumps([module_results(*pickle.loads(one)) for one in pickle.loads(payload)])
+
+
+@pytest.mark.row("R30")
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_modules_cross_into_other_processes(start, count_cases):
+    pairs = [function.module(function.make(variant)) for function in functions() for variant in function.variants]
+    payload = pickle.dumps([pickle.dumps(pair) for pair in pairs])
+    with multiprocessing.get_context(start).Pool(1) as pool:
+        answers = pickle.loads(pool.apply_async(run_modules, (payload,)).get(timeout=120))
+    for (module, arguments), answer in zip(pairs, answers, strict=True):
+        assert_same_results(answer, module_results(module, arguments), f"{module}")
+    count_cases(len(pairs))
+
+
+@pytest.mark.row("R29")
+def test_fork_after_a_parallel_region():
+    """A forked child with one thread, and data-loader workers, get what the parent gets."""
+    script = """
+        import os, sys, torch, contract
+        functions = contract.functions()
+        def digest(function):
+            call = function.make(function.full, **function.large[0])
+            results = contract.outputs_and_gradients(function.function, call, function.differentiable)
+            return {name: tensor.numpy().tobytes() for name, tensor in results.items()}
+        torch.set_num_threads(2)
+        expected = [digest(function) for function in functions]  # starts the pool of threads
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            os._exit(0 if [digest(function) for function in functions] == expected else 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child computed something else"
+        class Losses(torch.utils.data.Dataset):
+            def __len__(self): return len(functions)
+            def __getitem__(self, index): return digest(functions[index]) == expected[index]
+        workers = torch.utils.data.DataLoader(Losses(), num_workers=2, batch_size=None)
+        assert all(workers), "a worker computed something else"
+        print("equal")
+    """
+    assert in_fresh_process(script, timeout=60).strip().endswith("equal")
+
+
+def mixed_calls() -> list[tuple[Function, Call]]:
+    """Small calls of everything, in several dtypes."""
+    return [
+        (function, function.make(variant, dtype))
+        for function in functions()
+        for variant in (function.variants[0], function.full)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+@pytest.mark.row("R28")
+@pytest.mark.routed
+def test_many_python_threads(count_cases):
+    """Eight threads on shared and own tensors, one of them switching backends: bit-equal to serial, and the switched
+    backend stays in its thread. PYOPS_THREAD_CALLS calls per thread (1000 by night)."""
+    import pyops
+
+    calls = int(os.environ.get("PYOPS_THREAD_CALLS", "200"))
+    shared = mixed_calls()
+    expected = [outputs_and_gradients(f.function, call, f.differentiable) for f, call in shared]
+    problems: list[str] = []
+
+    def work(number: int) -> None:
+        own = [(function, call.map(torch.clone)) for function, call in shared]
+        for turn in range(calls):
+            position = (turn * 7 + number) % len(shared)
+            function, call = (shared if turn % 2 else own)[position]
+            results = outputs_and_gradients(function.function, call, function.differentiable)
+            try:
+                assert_same_results(results, expected[position], f"thread {number}, call {turn}")
+            except AssertionError as error:
+                problems.append(str(error))
+                return
+
+    def switch() -> None:
+        for turn in range(calls):
+            function, call = shared[turn % len(shared)]
+            with pyops.use_backend("reference"):
+                here = pyops.explain(function.name, **call.tensors, **call.options).backend
+                outputs_and_gradients(function.function, call, function.differentiable)
+            after = pyops.explain(function.name, **call.tensors, **call.options).backend
+            if (here, after) != ("reference", "cpu"):
+                problems.append(f"the switching thread ran on {here}, then {after}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(7)] + [threading.Thread(target=switch)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    count_cases(8 * calls)
+
+
+@pytest.mark.row("R32")
+def test_out_of_memory_is_an_error_and_the_next_call_works(function):
+    """With the address space capped, a call that needs more raises as torch does, and a small one still works."""
+    script = """
+        import resource, sys, torch, contract
+        function = next(f for f in contract.functions() if f.name == sys.argv[1])
+        small = function.make(function.full)
+        expected = contract.outputs_and_gradients(function.function, small, function.differentiable)
+        big = function.make(function.variants[0], rows=16, classes=1 << 20)  # 64 MiB, and as much for the gradient
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))
+        for _ in range(3):
+            try:
+                contract.outputs_and_gradients(function.function, big, function.differentiable)
+            except (RuntimeError, MemoryError) as error:
+                assert "alloc" in str(error) or "memory" in str(error), error
+            else:
+                raise SystemExit("the gradient found memory that is not there")
+        actual = contract.outputs_and_gradients(function.function, small, function.differentiable)
+        contract.assert_same_results(actual, expected)
+        print("survived")
+    """
+    assert in_fresh_process(script, function.name).strip().endswith("survived")
+
+
+@pytest.mark.row("R33")
+def test_no_leak(function, count_cases):
+    """1e5 forwards, 2e4 forwards with backward and 1e4 errors each add at most 1 MiB after a warm-up."""
+    script = """
+        import gc, resource, sys, torch, contract
+        torch.set_num_threads(1)
+        function = next(f for f in contract.functions() if f.name == sys.argv[1])
+        call = function.make(function.full)
+        name = function.differentiable[0]
+        leaf = call.tensors[name].clone().requires_grad_()
+        wants = call.replace(**{name: leaf})
+        bad = call.replace(**{name: call.tensors[name].int()})
+        def forward():
+            call(function.function)
+        def backward():
+            leaf.grad = None
+            output = wants(function.function)[0]
+            output.backward()
+        def error():
+            try:
+                bad(function.function)
+            except RuntimeError:
+                return
+            raise SystemExit("no error")
+        def resident():
+            gc.collect()
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        for run, count in ((forward, 100_000), (backward, 20_000), (error, 10_000)):
+            for _ in range(count // 10):
+                run()
+            before = resident()
+            for _ in range(count):
+                run()
+            grown = resident() - before
+            print(run.__name__, count, grown)
+            assert grown <= 1 << 20, f"{run.__name__}: {grown} bytes more after {count} calls"
+    """
+    lines = in_fresh_process(script, function.name, timeout=300).splitlines()
+    assert len(lines) == 3, lines
+    count_cases(3)
+
+
+# ---- property fuzz (R38) -------------------------------------------------------------------------------------
+
+FUZZ_CASES = int(os.environ.get("PYOPS_FUZZ_CASES", "2000"))
+FUZZ_SHARES = {
+    "cpu:baseline": 0.28,
+    "cpu:avx2": 0.28,
+    "cpu:avx512": 0.28,
+    "reference": 0.13,
+    "triton-interpreted": 0.03,
+}
+
+
+@pytest.mark.row("R38", "R4")
+@pytest.mark.parametrize("backend", FUZZ_SHARES, indirect=True)
+def test_fuzz(function, backend, count_cases):
+    """Random shape, strides, dtype and options, on each backend: the accuracy rule. The cases are the same in every
+    run; PYOPS_FUZZ_CASES is their number over all functions and backends (default 2000)."""
+    cases = 0
+
+    @hypothesis.settings(max_examples=max(1, round(FUZZ_CASES * FUZZ_SHARES[backend] / len(functions()))))
+    @hypothesis.given(st.data())
+    def check(data: st.DataObject) -> None:
+        nonlocal cases
+        cases += 1
+        call = data.draw(function.calls(is_slow(backend)), "call")
+        views = {}
+        for name, tensor in call.given().items():
+            kept = {label: view for label, view in layouts(tensor) if torch.equal(view, tensor)}
+            views[name] = data.draw(
+                st.sampled_from(["contiguous", *kept]).map(lambda label, k=kept, t=tensor: k.get(label, t)), name
+            )
+        check_accuracy(function, call.replace(**views))
+
+    check()
+    count_cases(cases)
+
+
+# ---- determinism (R44, R45) ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.row("R44")
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_thread_counts_give_the_same_bits(function, dtype, count_cases):
+    """1, 2, 3, 4 and 7 threads, where rows are shared out and where one row is."""
+    for sizes in function.large:
+        for variant in (function.variants[0], function.full):
+            call = function.make(variant, dtype, **sizes)
+            with threads(1):
+                expected = outputs_and_gradients(function.function, call, function.differentiable)
+            for number in (2, 3, 4, 7):
+                with threads(number):
+                    actual = outputs_and_gradients(function.function, call, function.differentiable)
+                assert_same_results(actual, expected, f"{number} threads, {sizes}, {variant}")
+    count_cases(4 * 2 * len(function.large))
+
+
+@pytest.mark.row("R44")
+def test_nested_parallelism_gives_the_same_bits(function):
+    """Calls from within other parallel work: torch's interop tasks and Python threads at once."""
+    calls = [function.make(function.full, seed=seed, **function.large[0]) for seed in range(4)]
+    expected = [outputs_and_gradients(function.function, call, function.differentiable) for call in calls]
+    results: dict[int, Results] = {}
+
+    def work(number: int) -> None:
+        results[number] = outputs_and_gradients(function.function, calls[number], function.differentiable)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for number, right in enumerate(expected):
+        assert_same_results(results[number], right)
+
+
+@pytest.mark.row("R44")
+@pytest.mark.parametrize("environment", [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "3"}, {"OMP_PROC_BIND": "true"},
+                                         {"GOMP_CPU_AFFINITY": "0"}], ids=str)  # fmt: skip
+def test_thread_environment_gives_the_same_bits(environment):
+    script = """
+        import hashlib, torch, contract
+        digest = hashlib.sha256()
+        for function in contract.functions():
+            for sizes in function.large:
+                call = function.make(function.full, **sizes)
+                results = contract.outputs_and_gradients(function.function, call, function.differentiable)
+                for tensor in results.values():
+                    digest.update(tensor.numpy().tobytes())
+        print(digest.hexdigest())
+    """
+    assert in_fresh_process(script, **environment) == serial_digest(script)
+
+
+@functools.cache
+def serial_digest(script: str) -> str:
+    return in_fresh_process(script)
+
+
+@pytest.mark.row("R45")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_repeats_give_the_same_bits(function, deterministic, count_cases):
+    call = function.make(function.full, **function.large[0])
+    expected = outputs_and_gradients(function.function, call, function.differentiable)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for _ in range(100):
+            assert_same_results(outputs_and_gradients(function.function, call, function.differentiable), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    count_cases(100)
+
+
+@pytest.mark.row("R45")
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@on_every_backend
+def test_rows_do_not_depend_on_their_batch(function, dtype, backend, count_cases):
+    """Row i of a batch is what row i gives alone, and what it gives in another batch, to the last bit."""
+    call = on_device(function.make(function.per_row, dtype, rows=6), backend)
+    whole = outputs_and_gradients(function.function, call, function.differentiable)
+    splits = [slice(i, i + 1) for i in range(6)] + [slice(0, 2), slice(2, 6)]
+    for rows in splits:
+        part = {n: t[rows] if n in function.batch and t is not None else t for n, t in call.tensors.items()}
+        output = call.replace(**{n: t for n, t in part.items() if n not in function.differentiable})
+        leaves = {name: part[name].detach().requires_grad_() for name in function.differentiable}
+        result = output.replace(**leaves)(function.function)[0]
+        result.backward(upstream_gradient(whole["output 0"])[rows])
+        assert_same_bits(result.detach(), whole["output 0"][rows], f"{rows}")
+        for name, leaf in leaves.items():
+            assert_same_bits(leaf.grad, whole[f"gradient of {name}"][rows], f"{rows}")
+    count_cases(len(splits))
