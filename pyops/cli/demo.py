@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import sys
@@ -31,12 +32,15 @@ CLASSES = 20_000
 IGNORED = -100
 TRAIN_TOKENS = 1_200_000
 HELD_OUT_TOKENS = 150_000
-TOKENS_PER_FILE = 20_000  # torch has generated tables of numbers: uncapped, one of them was a third of the held-out text
+TOKENS_PER_FILE = (
+    20_000  # torch has generated tables of numbers: uncapped, one of them was a third of the held-out text
+)
 CONTEXT, EMBEDDING, HIDDEN = 12, 48, 192
 BATCH = 512
 STEPS = 300
 MINUTES = 3.0
-SECONDS_FOR_ROWS = 45  # of MINUTES, kept for the table of ops
+SECONDS_FOR_ROWS = 60  # of MINUTES, kept for the table of ops
+SECONDS_FOR_END = 20  # of these, kept for what follows the last torch.compile
 RIVAL_EVERY = 8  # F.cross_entropy differs from pyops.cross_entropy by time only: timed every 8th step
 
 
@@ -134,9 +138,7 @@ class Setting:
 SETTINGS = (
     Setting(
         "z_loss",
-        lambda logits, target: pyops.z_loss(
-            logits, target, a=1.0, b=10.0, ignore_index=IGNORED, inplace_backward=True
-        ),
+        lambda logits, target: pyops.z_loss(logits, target, a=1.0, b=10.0, ignore_index=IGNORED, inplace_backward=True),
         3e-3,
     ),
     Setting(
@@ -161,6 +163,7 @@ class Trainer:
     step_seconds: list[float] = field(default_factory=list)
     loss_seconds: list[float] = field(default_factory=list)
     curve: list[dict] = field(default_factory=list)
+    final: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.manual_seed(SEED)  # the same initial weights for every loss
@@ -184,7 +187,8 @@ class Trainer:
         loss = self.setting.loss(logits, target)
         loss.backward()
         self.optimizer.step()
-        self.step_seconds.append(time.perf_counter() - start)
+        end = time.perf_counter()
+        self.step_seconds.append(end - start)
         self.loss_seconds.append(marks[0] - before_loss)
         self.schedule.step()
 
@@ -203,3 +207,285 @@ def evaluate(model: nn.Module, context: Tensor, target: Tensor) -> dict[str, flo
     rank = torch.cat(ranks)
     top = {f"top{k}": 100 * (rank <= k).float().mean().item() for k in (1, 10, 100)}
     return {**top, "mrr": (1 / rank).mean().item()}
+
+
+def _held_out_examples(corpus: Corpus, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` examples with a known target among random positions of the held-out files."""
+    positions = torch.randint(0, len(corpus.held_out) - CONTEXT, (2 * count,), generator=_generator())
+    context, target = _windows(corpus.held_out, positions)
+    known = target != IGNORED
+    return context[known][:count], target[known][:count]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def train(corpus: Corpus, steps: int, deadline: float, progress) -> list[Trainer]:
+    """Every loss takes each step in turn, on the same batch; all stop together when time is up."""
+    trainers = [Trainer(setting, steps) for setting in (*SETTINGS, RIVAL)]
+    some, many = (_held_out_examples(corpus, count) for count in (2048, 8192))
+    batches = _generator()
+    for step in range(steps):
+        positions = torch.randint(0, len(corpus.train) - CONTEXT, (BATCH,), generator=batches)
+        batch = _windows(corpus.train, positions)
+        for trainer in trainers:
+            if trainer.setting is not RIVAL or step % RIVAL_EVERY == 0:
+                trainer.step(*batch)
+        progress(1)
+        if time.monotonic() > deadline:
+            break
+        if (step + 1) % max(1, steps // 12) == 0 and step + 1 < steps:
+            for trainer in trainers[: len(SETTINGS)]:
+                trainer.note(some)
+    for trainer in trainers[: len(SETTINGS)]:
+        trainer.note(some)
+        trainer.final = evaluate(trainer.model, *many)
+    return trainers
+
+
+def _training_rows(trainers: list[Trainer]) -> list[dict]:
+    """What each loss reached and what a step of it cost; F.cross_entropy only for its cost."""
+    rows = []
+    for trainer in trainers:
+        step, loss = median(trainer.step_seconds), median(trainer.loss_seconds)
+        row = {
+            "loss": trainer.setting.name,
+            "steps": len(trainer.step_seconds),
+            "learning_rate": trainer.setting.learning_rate,
+        }
+        row |= {"step_ms": 1e3 * step, "loss_ms": 1e3 * loss, "loss_share": loss / step}
+        rows.append(row | trainer.final)
+    return rows
+
+
+# ---- one row per op ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class DemoRow:
+    """One op on real input: its time against the best torch composition, its error against float64."""
+
+    op: str
+    input: str
+    milliseconds: float
+    rival: str
+    ratio: float
+    error: float
+    torch_error: float
+    backend: str
+
+
+def _relative_error(function: Callable, logits: Tensor, target: Tensor, exact: tuple[Tensor, Tensor]) -> float:
+    """The larger of loss error / loss and max gradient error / max gradient."""
+    results = _loss_and_gradient(function, logits, target)
+    errors = ((got.double() - right).abs().max() / right.abs().max() for got, right in zip(results, exact, strict=True))
+    return max(error.item() for error in errors)
+
+
+def _loss_and_gradient(function: Callable, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().clone().requires_grad_()
+    loss = function(leaf, target)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def spherical_rows(trainers: list[Trainer], corpus: Corpus, compile_until: float, progress) -> list[DemoRow]:
+    """The losses on the logits that the trained models give for held-out text, forward and backward."""
+    from pyops._bench import harness, spherical
+
+    models = {trainer.setting.name: trainer.model for trainer in trainers}
+    context, target = _held_out_examples(corpus, 256)
+    rows = []
+    for op, (function, formulas) in spherical.OPS.items():
+        with torch.no_grad():
+            logits = models["cross_entropy" if op.startswith("cross_entropy") else "z_loss"](context)
+        threads, compiled = torch.get_num_threads(), time.monotonic() < compile_until
+        prepared = spherical.prepare(op, "forward_backward", logits, target, threads, compiled)
+        rivals = {name: rival for name, rival in prepared.rivals.items() if name in (*formulas, "compile")}
+        times, compared = harness.compare(prepared.target, rivals, threads, seconds=0.4)
+        rival = min(compared, key=lambda name: compared[name]["ratio"])
+        formula = next(iter(formulas.values()))
+        exact = _loss_and_gradient(formula, logits.double(), target)
+        errors = [_relative_error(run, logits, target, exact) for run in (function, formula)]
+        shape = f"{logits.shape[0]} x {logits.shape[1]} float32"
+        rows.append(DemoRow(op, shape, 1e3 * median(times), rival, compared[rival]["ratio"], *errors, prepared.backend))
+        progress(1)
+    return rows
+
+
+#: One provider per family: (trainers, corpus, compile_until, progress) -> rows. A family's input is real: text, or
+#: what a trained model makes of it. torch.compile rivals (seconds each) only until the time given.
+ROW_PROVIDERS = (spherical_rows,)
+
+
+# ---- output ------------------------------------------------------------------------------------------------
+
+
+def _table(rows: list[dict]) -> str:
+    """Rows of equal keys as an aligned text table."""
+    header = list(rows[0])
+    lines = [header, *([str(row.get(key, "")) for key in header] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    texts = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def _training_table(rows: list[dict]) -> str:
+    def cells(row: dict) -> dict:
+        metrics = {key: "-" for key in ("top-1 %", "top-10 %", "top-100 %", "MRR")}
+        if "mrr" in row:
+            metrics = {f"top-{k} %": f"{row[f'top{k}']:.2f}" for k in (1, 10, 100)} | {"MRR": f"{row['mrr']:.4f}"}
+        return {
+            "loss": row["loss"],
+            **metrics,
+            "step ms": f"{row['step_ms']:.1f}",
+            "of it loss ms": f"{row['loss_ms']:.1f}",
+            "share": f"{100 * row['loss_share']:.0f} %",
+        }
+
+    return _table([cells(row) for row in rows])
+
+
+def _op_table(rows: list[DemoRow]) -> str:
+    return _table(
+        [
+            {
+                "op": row.op,
+                "input": row.input,
+                "ms": f"{row.milliseconds:.2f}",
+                "best torch composition": row.rival,
+                "times faster": f"{row.ratio:.2f}",
+                "max error": f"{row.error:.1e}",
+                "torch's": f"{row.torch_error:.1e}",
+                "backend": row.backend,
+            }
+            for row in rows
+        ]
+    )
+
+
+def _plot(trainers: list[Trainer], rows: list[DemoRow], folder: Path) -> list[Path]:
+    """Learning curves and the bar chart of ratios, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
+    for line, (metric, label) in enumerate((("mrr", "MRR"), ("top1", "top-1 accuracy, %"))):
+        for column, (x, x_label) in enumerate((("step", "step"), ("seconds", "training seconds"))):
+            for trainer in trainers[: len(SETTINGS)]:
+                points = [(point[x], point[metric]) for point in trainer.curve]
+                axes[line][column].plot(*zip(*points, strict=True), marker=".", label=trainer.setting.name)
+            axes[line][column].set(xlabel=x_label, ylabel=label)
+            axes[line][column].grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.suptitle(f"Next token of Python source, {CLASSES} classes, held-out files")
+    figure.savefig(folder / "training.png", dpi=120)
+
+    figure, axis = pyplot.subplots(figsize=(8, 0.6 * len(rows) + 1.5), layout="constrained")
+    bars = axis.barh([f"{row.op}\nvs {row.rival}" for row in rows], [row.ratio for row in rows])
+    axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set(xlabel="times faster than the best torch composition, forward and backward")
+    figure.savefig(folder / "ops.png", dpi=120)
+    pyplot.close("all")
+    return [folder / "training.png", folder / "ops.png"]
+
+
+class _Progress:
+    """tqdm where it is installed, else a line on stderr now and then."""
+
+    def __init__(self, text: str, total: int, unit: str) -> None:
+        self.text, self.total, self.done, self.shown = text, total, 0, time.monotonic()
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self.bar = None
+        else:
+            self.bar = tqdm(total=total, desc=text, unit=unit, unit_scale=total > 10_000, file=sys.stderr)
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() - self.shown > 10:
+            self.shown = time.monotonic()
+            print(f"{self.text}: {self.done} of {self.total}", file=sys.stderr)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps per loss (default %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="training stops early to end within this (default 3)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("pyops-demo"), help="folder of plots (default %(default)s)")
+
+
+def _notices() -> list[str]:
+    missing = [name for name in ("tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
+    advice = "pip install 'pyops-kernels[demo]'"
+    what = {"tqdm": "no progress bars", "matplotlib": "no plots"}
+    return [f"{name} is not installed: {what[name]} ({advice})" for name in missing]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, compares, prints; returns the exit status."""
+    if arguments.steps < 1 or not arguments.minutes > 0:
+        raise ValueError(f"--steps and --minutes must be positive, got {arguments.steps} and {arguments.minutes}")
+    start = time.monotonic()
+    end = start + 60 * arguments.minutes
+    notices = _notices()
+    print(*notices, sep="\n", end="\n" if notices else "", file=sys.stderr)
+    with _Progress("reading torch's sources", TRAIN_TOKENS + HELD_OUT_TOKENS, "token") as progress:
+        corpus = read_corpus(progress)
+    with _Progress("training", arguments.steps, "step") as progress:
+        trainers = train(corpus, arguments.steps, end - SECONDS_FOR_ROWS, progress)
+    training = _training_rows(trainers)
+    with _Progress("ops on real input", 6, "op") as progress:
+        compile_until = end - SECONDS_FOR_END
+        rows = [row for provider in ROW_PROVIDERS for row in provider(trainers, corpus, compile_until, progress)]
+    plots = [] if any("matplotlib" in notice for notice in notices) else _plot(trainers, rows, arguments.out)
+    seconds = time.monotonic() - start
+    if arguments.json:
+        result = {
+            "training": training,
+            "curves": {trainer.setting.name: trainer.curve for trainer in trainers[: len(SETTINGS)]},
+            "ops": [asdict(row) for row in rows],
+            "plots": [str(path) for path in plots],
+            "seconds": seconds,
+        }
+        print(json.dumps(result, indent=2))
+    else:
+        _print_report(corpus, arguments.steps, training, rows, plots, seconds)
+    return 0
+
+
+def _print_report(corpus, steps, training, rows, plots, seconds) -> None:
+    taken = training[0]["steps"]
+    print(
+        f"\nText: {corpus.files} files of torch, {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} "
+        f"held out by file; the {CLASSES:,} most frequent of {corpus.distinct:,} distinct tokens are classes, the "
+        f"other {100 * corpus.unknown_share:.0f} % of the held-out text is ignored as target."
+    )
+    print(f"Training: {taken} steps of {BATCH} tokens, {torch.get_num_threads()} threads, float32" + (
+        f"; stopped before {steps} to keep within the time." if taken < steps else "."
+    ))  # fmt: skip
+    print("\n" + _training_table(training))
+    print("\nOps on logits of the trained models, forward and backward; error is relative, against float64:\n")
+    print(_op_table(rows))
+    print(f"\n{seconds:.0f} s in all")
+    for path in plots:
+        print(f"plot: {path}")

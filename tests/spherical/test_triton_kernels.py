@@ -19,6 +19,9 @@ from pyops.triton_kernels.spherical import _common, cross_entropy, spherical_los
 
 from pyops.spherical import reference
 
+# Interpreted lanes divide by zero and subtract infinities before they are masked, as lanes on a GPU do.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 KINDS = (*spherical_loss.LOSSES, "cross_entropy")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -190,7 +193,7 @@ def check(kind, problem, grad_loss=None):
 # Tiles are 16 x 64, 4 x 256, 1 x 1024 and 1 x 4096: below, at and above each; two parts from 8193 columns.
 SHAPES = (
     (5, 1), (3, 2), (33, 10), (16, 64), (17, 63), (3, 65), (9, 256), (3, 251), (2, 1024), (4, 1000), (2, 1025),
-    (2, 4096), (3, 4099), (1, 8200), (3, 20011),
+    (2, 4096), (3, 4099), (1, 8200), (2, 12301),
 )  # fmt: skip
 PLAIN = {}
 SMOOTHED = {"smoothing": 0.15, "reduction": 2}
@@ -216,12 +219,15 @@ def test_values_over_options(kind, dtype, options):
     check(kind, make(6, 150, dtype, **options))
 
 
-@pytest.mark.parametrize("kind", ["z", "taylor_softmax", "cross_entropy"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("z", torch.float64), ("taylor_softmax", torch.float32), ("cross_entropy", torch.float64)],
+    ids=str,
+)
 def test_rows_cut_into_parts(kind, dtype):
     """Few rows, many columns, not a multiple of anything: parts, ragged ends and the merge."""
-    problem = make(2, 70001, dtype, weighted=True, targets=2, smoothing=0.1, ignore=False)
-    assert _common.plan_rows(problem.logits).parts > 8
+    problem = make(2, 40001, dtype, weighted=True, targets=2, smoothing=0.1, ignore=False)
+    assert _common.plan_rows(problem.logits).parts == 5
     check(kind, problem)
 
 
@@ -234,7 +240,7 @@ def test_out_dtype(kind, out_dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_reduce_over_many_programs(kind):
-    check(kind, make(700, 6, torch.float32, weighted=True))
+    check(kind, make(300, 6, torch.float32, weighted=True))
 
 
 def test_no_regulariser_is_exactly_zero():
@@ -271,8 +277,10 @@ def _layouts(logits):
     yield "unaligned storage", flat[1:].view(rows, classes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("classes", [61, 1021, 4104])
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [*((kind, 61) for kind in KINDS), ("z", 1021), ("taylor_softmax", 4104), ("cross_entropy", 4104)],
+)
 def test_layouts_of_logits(kind, classes):
     """Gradients do not depend on the layout beyond rounding; forward and in-place backward take each of them."""
     problem = make(4, classes, torch.float32, smoothing=0.1, reduction=0)
@@ -366,7 +374,7 @@ def test_everything_ignored(kind):
     ("rows", "classes", "targets"), [(0, 5, None), (0, 5, 2), (3, 5, 0), (3, 0, None), (0, 0, None)]
 )
 def test_empty(kind, reduction, rows, classes, targets):
-    for safe_mean in (False, True):
+    for safe_mean in (False, True) if reduction == 1 else (False,):
         problem = make(rows, classes, torch.float32, targets=targets, reduction=reduction, safe_mean=safe_mean)
         problem.target = torch.full_like(problem.target, IGNORED)
         loss, _, statistics, normalizer = forward(kind, problem)
@@ -450,8 +458,9 @@ def test_loss_scaling_by_2_16(kind):
 # ---------------------------------------------------------------------------------------------- numerical extremes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("classes", [50, 5000, 20011])
+@pytest.mark.parametrize(
+    ("kind", "classes"), [*((kind, 50) for kind in KINDS), *((kind, 5000) for kind in KINDS), ("z", 20011)]
+)
 def test_common_offset(kind, classes):
     """q / D - mean^2 in float32 would be wrong by percents here. The exact values are those of the rounded logits."""
     for offset in (1000.0, -1e4):
@@ -460,7 +469,7 @@ def test_common_offset(kind, classes):
         check(kind, problem)
 
 
-@pytest.mark.parametrize("classes", [50, 5000, 20011])
+@pytest.mark.parametrize("classes", [50, 20011])
 def test_outlier_where_the_pivot_is_taken(classes):
     problem = make(2, classes, torch.float32)
     problem.logits[:] = 0.3
@@ -471,7 +480,7 @@ def test_outlier_where_the_pivot_is_taken(classes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("classes", [1, 5, 300, 5001, 70001])
+@pytest.mark.parametrize("classes", [1, 5, 300, 5001, 20011])
 def test_equal_logits_without_eps(dtype, classes):
     """sigma is exactly 0: loss softplus(a b) / a and an exactly zero gradient, not rounding noise."""
     problem = make(2, classes, dtype, eps=0.0, reduction=0)
@@ -485,7 +494,7 @@ def test_equal_logits_without_eps(dtype, classes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e30, 1e-19, 3e37])
-@pytest.mark.parametrize("classes", [40, 3000, 20011])
+@pytest.mark.parametrize("classes", [40, 9000])
 def test_squares_outside_float32(dtype, scale, classes):
     """The Z-loss does not depend on the scale of the logits, so neither may its range."""
     problem = make(4, classes, dtype, eps=0.0, reduction=0)
@@ -667,7 +676,7 @@ def test_normalizer(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_are_bitwise_equal(kind):
-    problem = make(3, 20011, torch.float32, weighted=True, smoothing=0.1)
+    problem = make(3, 9001, torch.float32, weighted=True, smoothing=0.1)
     first, second = forward(kind, problem), forward(kind, problem)
     for one, other in zip(first, second, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)

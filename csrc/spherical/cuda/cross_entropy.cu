@@ -45,10 +45,13 @@ PYOPS_DEVICE RealOf<T> exponential(RealOf<T> x) {
 
 // ---- exponentials of a thread ---------------------------------------------------------------------------
 
-template <class T, bool kSmoothed>
+// What label smoothing asks for beside the exponentials: nothing, sum o or sum w o.
+enum class Smoothing { none, plain, weighted };
+
+template <class T, Smoothing kSmoothing>
 struct ExponentialSums {
   using Real = RealOf<T>;
-  const T* weight;  // class weights of the columns that are read, or null
+  const T* weight;  // class weights of the columns that are read; Smoothing::weighted only
   Real maximum = -Real(HUGE_VAL);
   Real shift = -Real(HUGE_VAL);  // between maximum - kHeadroom and maximum
   Real sum = 0;                  // of exp(o - shift), over `count` elements
@@ -83,16 +86,13 @@ struct ExponentialSums {
 #pragma unroll
       for (int b = 0; b < width; ++b) vector_sum += exponential<T>(o[a][b] - finite_shift);
       sum += vector_sum;
+      if constexpr (kSmoothing != Smoothing::none) weighted_sum += sum_of_weighted(o[a], elements, highest, column + a * step);
     }
     count += kA * elements;
     if (count >= kLongestRun) {
       total += double(sum);
       sum = 0;
       count = 0;
-    }
-    if constexpr (kSmoothed) {
-#pragma unroll
-      for (int a = 0; a < kA; ++a) weighted_sum += sum_of_weighted(o[a], elements, highest, column + a * step);
     }
   }
 
@@ -108,27 +108,31 @@ struct ExponentialSums {
                                       int column) const {
     constexpr int width = dev::kVectorElements<T>;
     const Real reference = highest - highest == 0 ? highest : Real(0);
-    Real w[width], products = 0, weights = 0;
-    if (!weight) {
+    Real products = 0, weights = Real(elements);
+    if constexpr (kSmoothing == Smoothing::weighted) {
+      Real w[width];
+      weights = 0;
+      if (elements == width) {
+        load_weights(weight + column, w);
+      } else {
+        w[0] = dev::widen(weight[column]);
+      }
 #pragma unroll
-      for (int b = 0; b < width; ++b) w[b] = 1;
-    } else if (elements == width) {
-      load_weights(weight + column, w);
+      for (int b = 0; b < width; ++b) {
+        products += b < elements ? w[b] * (o[b] - reference) : Real(0);
+        weights += b < elements ? w[b] : Real(0);
+      }
     } else {
-      w[0] = dev::widen(weight[column]);
-    }
 #pragma unroll
-    for (int b = 0; b < width; ++b) {
-      products += b < elements ? w[b] * (o[b] - reference) : Real(0);
-      weights += b < elements ? w[b] : Real(0);
+      for (int b = 0; b < width; ++b) products += b < elements ? o[b] - reference : Real(0);
     }
     return double(products) + double(reference) * double(weights);
   }
 };
 
 // Merges the threads of a block about their common maximum; every thread gets the result.
-template <class T, bool kSmoothed>
-PYOPS_DEVICE RowExponentials merge_in_block(const ExponentialSums<T, kSmoothed>& own, double* scratch) {
+template <class T, Smoothing kSmoothing>
+PYOPS_DEVICE RowExponentials merge_in_block(const ExponentialSums<T, kSmoothing>& own, double* scratch) {
   const RealOf<T> maximum = block_maximum(own.maximum, scratch);
   const double sum = own.total + double(own.sum);
   // Without an element above -infinity the sum is 0 and must not meet exp(-inf + inf).
@@ -169,8 +173,9 @@ __global__ void __launch_bounds__(kTotalThreads) class_weight_kernel(const T* we
   if (threadIdx.x == 0) *sum = total[0];
 }
 
-template <class T, bool kSmoothed>
-__global__ void __launch_bounds__(kMaximumThreads, kSmoothed || sizeof(T) == 8 ? 2 : 3)
+// Smoothing and double take registers; class weights also loads, so that fewer logits are in flight.
+template <class T, Smoothing kSmoothing>
+__global__ void __launch_bounds__(kMaximumThreads, sizeof(T) == 8 || kSmoothing != Smoothing::none ? 2 : 3)
     exponentials_kernel(CrossEntropyForward f, RowSplit split, int64_t first_row, RowExponentials* partials) {
   PYOPS_SHARED(double, scratch, 3 * kMaximumWarps);
   const LossRows& rows = f.rows;
@@ -179,8 +184,10 @@ __global__ void __launch_bounds__(kMaximumThreads, kSmoothed || sizeof(T) == 8 ?
   const int64_t begin = int64_t(blockIdx.y) * split.part_columns, left = rows.classes - begin;
   const int columns = int(left < split.part_columns ? left : split.part_columns);
   const T* x = static_cast<const T*>(rows.logits) + row * rows.row_stride + begin;
-  ExponentialSums<T, kSmoothed> sums(rows.class_weight ? static_cast<const T*>(rows.class_weight) + begin : nullptr);
-  read_row(x, columns, sums);
+  const T* weight = nullptr;
+  if constexpr (kSmoothing == Smoothing::weighted) weight = static_cast<const T*>(rows.class_weight) + begin;
+  ExponentialSums<T, kSmoothing> sums(weight);
+  read_row<kSmoothing == Smoothing::weighted ? 2 : kVectorsInFlight>(x, columns, sums);
   const RowExponentials merged = merge_in_block(sums, scratch);
   if (threadIdx.x == 0) partials[row * split.parts + blockIdx.y] = merged;
 }
@@ -271,7 +278,7 @@ PYOPS_DEVICE void write_result(const CrossEntropyForward& f, const double (&tota
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(CrossEntropyForward f, RowSplit split, int lanes, Workspace workspace) {
   PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
   double totals[kColumns];
@@ -305,7 +312,9 @@ int launch_exponentials(const CrossEntropyForward& f, const RowSplit& split, con
                                    static_cast<const T*>(rows.class_weight), rows.classes, workspace.class_weight_sum);
     if (error) return error;
   }
-  const auto kernel = smoothed ? exponentials_kernel<T, true> : exponentials_kernel<T, false>;
+  const auto kernel = !smoothed           ? exponentials_kernel<T, Smoothing::none>
+                      : rows.class_weight ? exponentials_kernel<T, Smoothing::weighted>
+                                          : exponentials_kernel<T, Smoothing::plain>;
   return for_each_row_slice(rows.rows, [&](int64_t first, int64_t count) {
     return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.parts)), dim3(unsigned(split.threads)), 0, stream, f,
                         split, first, workspace.partials);

@@ -96,20 +96,20 @@ PYOPS_DEVICE int elements_to_boundary(const T* x, int columns) {
 // Streams x[0, columns) through the block: each thread hands its elements to taker.take(bits, n, column, step), where
 // element b < n of bits[a] is x[column + a * step + b]. Vectors lie on 16-byte boundaries whatever the alignment of x
 // and have all their elements; the few before the first and after the last one come singly (n = 1).
-template <class T, class Taker>
+template <int kVectors = kVectorsInFlight, class T, class Taker>
 PYOPS_DEVICE void read_row(const T* x, int columns, Taker& taker) {
   constexpr int width = dev::kVectorElements<T>;
   const int head = elements_to_boundary(x, columns);
   const int body_end = head + (columns - head) / width * width;
   const int step = int(blockDim.x) * width;
   int column = head + int(threadIdx.x) * width;
-  for (; column + (kVectorsInFlight - 1) * step < body_end; column += kVectorsInFlight * step) {
-    dev::Bits128 bits[kVectorsInFlight];
+  for (; column + (kVectors - 1) * step < body_end; column += kVectors * step) {
+    dev::Bits128 bits[kVectors];
 #pragma unroll
-    for (int a = 0; a < kVectorsInFlight; ++a) bits[a] = dev::ldg128(x + column + a * step);
+    for (int a = 0; a < kVectors; ++a) bits[a] = dev::ldg128(x + column + a * step);
     taker.take(bits, width, column, step);
   }
-  // What is left: at most kVectorsInFlight - 1 vectors of this thread, then one of the single elements, of which
+  // What is left: at most kVectors - 1 vectors of this thread, then one of the single elements, of which
   // there are at most 2 * (width - 1), fewer than a warp has lanes.
   const int single = int(threadIdx.x), singles = head + columns - body_end;
   const int single_column = single < head ? single : body_end + (single - head);

@@ -372,7 +372,7 @@ PYOPS_DEVICE void write_result(const LossRows& rows, const double (&totals)[kCol
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(SphericalLossForward f, RowSplit split, int lanes, const RowMoments* partials, double* subtotals) {
   PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
   double totals[kColumns];

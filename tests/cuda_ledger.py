@@ -1,0 +1,224 @@
+"""The compile ledger: what nvcc makes of every CUDA kernel, watched without a GPU.
+
+``python tests/cuda_ledger.py`` compiles every ``csrc/*/cuda/*.cu`` for each target and compares registers, stack,
+shared memory and SASS instruction counts per kernel with ``bench/ledger.json``; ``--update`` writes that file.
+
+A kernel fails when it spills or touches local memory (LDL, STL), whatever the ledger says, and, if the ledger was
+written by the same compiler, when a number has grown by more than 2 %, when it has fewer 16-byte loads than before,
+or when kernels have appeared or vanished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LEDGER = ROOT / "bench" / "ledger.json"
+TARGETS = ("sm_80", "sm_90a", "sm_100")
+JOBS = 2
+GROWTH = 1.02
+# The flags of CMakeLists.txt that decide what the compiler makes of a kernel.
+FLAGS = ("-std=c++20", "-O3", "-cubin", "-Xptxas", "-v")
+
+# Counter: opcodes that it adds up. LDG and STG are split by width; anything else is not counted.
+COUNTERS = {
+    "LDG.128": ("LDG",), "LDG": ("LDG",), "STG.128": ("STG",), "STG": ("STG",), "LDS": ("LDS",), "STS": ("STS",),
+    "LDL": ("LDL",), "STL": ("STL",), "BAR": ("BAR",), "SHFL": ("SHFL",), "MUFU": ("MUFU",),
+    "ATOM": ("ATOM", "ATOMG", "ATOMS", "RED", "REDG"), "LDSM": ("LDSM",), "LDGSTS": ("LDGSTS",), "IDP": ("IDP",),
+    "HMMA": ("HMMA",), "IMMA": ("IMMA",), "HGMMA": ("HGMMA",),
+}  # fmt: skip
+LOCAL_MEMORY = ("spill_stores", "spill_loads", "LDL", "STL")
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def find_cuobjdump() -> str | None:
+    """From the toolkit or from the triton wheel, which ships it."""
+    triton = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin"
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(triton))
+
+
+def why_not() -> str | None:
+    """Why the ledger cannot be taken on this machine, or None."""
+    if find_nvcc() is None:
+        return "no nvcc: neither on PATH nor under CUDA_HOME"
+    if find_cuobjdump() is None:
+        return "no cuobjdump: neither on PATH nor in the triton wheel"
+    return None
+
+
+def compiler_version() -> str:
+    text = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\d+\.\d+\.\d+)", text).group(1)
+
+
+def sources() -> list[Path]:
+    return sorted(ROOT.glob("csrc/*/cuda/*.cu"))
+
+
+def demangle(symbol: str) -> str:
+    library = ctypes.CDLL("libstdc++.so.6")
+    library.__cxa_demangle.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    address = library.__cxa_demangle(symbol.encode(), None, None, ctypes.byref(status))
+    return ctypes.string_at(address).decode() if status.value == 0 else symbol
+
+
+def kernel_name(symbol: str) -> str:
+    """``moments_kernel<bfloat16, false>``: without return type, namespaces and parameters."""
+    name = demangle(symbol).replace("(anonymous namespace)::", "").removeprefix("void ")
+    name = re.sub(r"\(([\w: ]+)\)(\d+)", r"\1 \2", name)  # (Enum)1 in a template argument
+    return re.sub(r"\w+::", "", name.partition("(")[0])
+
+
+def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
+    kernels: dict[str, dict[str, int]] = {}
+    numbers: dict[str, int] = {}
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            numbers = kernels[kernel_name(found[1])] = {}
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            numbers["stack"], numbers["spill_stores"], numbers["spill_loads"] = map(int, found.groups())
+        elif found := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            numbers["registers"], numbers["shared"] = int(found[1]), int(shared[1]) if shared else 0
+    return kernels
+
+
+def count_instructions(sass: str) -> dict[str, int]:
+    counts = dict.fromkeys(COUNTERS, 0)
+    for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass):
+        root, *modifiers = opcode.split(".")
+        for counter, opcodes in COUNTERS.items():
+            wide = counter.endswith(".128")
+            if root in opcodes and (root not in ("LDG", "STG") or wide == ("128" in modifiers)):
+                counts[counter] += 1
+    return counts
+
+
+def compile_kernels(source: Path, target: str, folder: str) -> dict[str, dict[str, int]]:
+    cubin = Path(folder) / f"{source.parent.parent.name}.{source.stem}.{target}.cubin"
+    architecture = f"arch=compute_{target.removeprefix('sm_')},code={target}"
+    command = [find_nvcc(), *FLAGS, "-gencode", architecture, "-o", str(cubin), str(source)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if compiled.returncode:
+        raise RuntimeError(f"{source.relative_to(ROOT)} does not compile for {target}:\n{compiled.stderr}")
+    kernels = parse_ptxas(compiled.stderr)
+    dump = subprocess.run([find_cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    for section in re.split(r"\n\s*Function : ", dump)[1:]:
+        symbol, _, sass = section.partition("\n")
+        counts = count_instructions(sass)
+        kernels[kernel_name(symbol.strip())].update({k: n for k, n in counts.items() if n})
+    return kernels
+
+
+def take() -> dict:
+    """The ledger of the working tree: {"compiler": ..., "kernels": {source: {kernel: {target: {number: ...}}}}}."""
+    jobs = [(source, target) for source in sources() for target in TARGETS]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
+        results = list(pool.map(lambda job: compile_kernels(*job, folder), jobs))
+    kernels: dict = {}
+    for (source, target), found in zip(jobs, results):
+        file = kernels.setdefault(str(source.relative_to(ROOT)), {})
+        for name, numbers in sorted(found.items()):
+            file.setdefault(name, {})[target] = numbers
+    return {"compiler": compiler_version(), "kernels": kernels}
+
+
+def rows(ledger: dict) -> dict[tuple[str, str, str], dict[str, int]]:
+    return {
+        (file, kernel, target): numbers
+        for file, kernels in ledger["kernels"].items()
+        for kernel, targets in kernels.items()
+        for target, numbers in targets.items()
+    }
+
+
+def local_memory(ledger: dict) -> list[str]:
+    """Kernels that spill or use local memory."""
+    return [
+        f"{' '.join(key)}: {counter} = {numbers[counter]}, must be 0"
+        for key, numbers in rows(ledger).items()
+        for counter in LOCAL_MEMORY
+        if numbers.get(counter, 0)
+    ]
+
+
+def regressions(old: dict, new: dict) -> list[str]:
+    """What got worse between two ledgers of one compiler."""
+    if old["compiler"] != new["compiler"]:
+        return []
+    before, after = rows(old), rows(new)
+    found = [f"{' '.join(key)}: not in the ledger" for key in after.keys() - before.keys()]
+    found += [f"{' '.join(key)}: only in the ledger" for key in before.keys() - after.keys()]
+    for key in before.keys() & after.keys():
+        for counter in sorted(before[key].keys() | after[key].keys()):
+            was, now = before[key].get(counter, 0), after[key].get(counter, 0)
+            if now > was * GROWTH or (counter == "LDG.128" and now < was):
+                found.append(f"{' '.join(key)}: {counter} {was} -> {now}")
+    return sorted(found)
+
+
+def write(ledger: dict) -> None:
+    """One line per kernel and target, so that a diff shows what changed."""
+    lines = ["{", f' "compiler": {json.dumps(ledger["compiler"])},', ' "kernels": {']
+    files = []
+    for file, kernels in ledger["kernels"].items():
+        entries = [
+            f"   {json.dumps(kernel)}: {{\n"
+            + ",\n".join(f"    {json.dumps(target)}: {json.dumps(numbers)}" for target, numbers in targets.items())
+            + "\n   }"
+            for kernel, targets in kernels.items()
+        ]
+        files.append(f"  {json.dumps(file)}: {{\n" + ",\n".join(entries) + "\n  }")
+    LEDGER.write_text("\n".join(lines) + "\n" + ",\n".join(files) + "\n }\n}\n")
+
+
+def table(ledger: dict) -> str:
+    lines = [f"{'kernel':58s} {'target':7s} {'regs':>4s} {'stack':>5s} {'spill':>5s} {'smem':>5s} LDG.128 STG.128"]
+    for (_, kernel, target), numbers in rows(ledger).items():
+        spills = numbers["spill_stores"] + numbers["spill_loads"]
+        lines.append(
+            f"{kernel:58s} {target:7s} {numbers['registers']:4d} {numbers['stack']:5d} {spills:5d} "
+            f"{numbers['shared']:5d} {numbers.get('LDG.128', 0):7d} {numbers.get('STG.128', 0):7d}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write bench/ledger.json")
+    arguments = parser.parse_args()
+    if reason := why_not():
+        print(f"ledger not taken: {reason}")
+        return 1
+    new = take()
+    print(table(new))
+    problems = local_memory(new)
+    if arguments.update:
+        write(new)
+    else:
+        old = json.loads(LEDGER.read_text())
+        if old["compiler"] != new["compiler"]:
+            print(f"not compared: the ledger is of nvcc {old['compiler']}, this is {new['compiler']}")
+        problems += regressions(old, new)
+    print("\n".join(problems) or "ledger holds")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
