@@ -49,7 +49,7 @@ def case_table(rows: list[dict]) -> str:
     header += ["torch.compile", "F.cross_entropy", "of copy", "of clone", "of read"]
     lines = []
     for row in rows:
-        if row["op"] == "probe" or "dispatcher" in row["references"]:
+        if "dispatcher" in row["references"]:
             continue
         best = f"**{row['speedup']:.2f}** ({row['rival']})" if row["rival"] else ""
         rivals = [_speedup(row, name) for name in ("eager", "compile", "F.cross_entropy")]
@@ -78,18 +78,17 @@ def call_table(rows: list[dict]) -> str:
 def probe_table(rows: list[dict]) -> str:
     units = {"copy_bytes_per_s": "copy GB/s", "clone_bytes_per_s": "clone GB/s", "read_bytes_per_s": "read GB/s"}
     units |= {"gemm_float32_flop_per_s": "GEMM float32 GFLOP/s", "gemm_bfloat16_flop_per_s": "GEMM bfloat16 GFLOP/s"}
-    probes = [row for row in rows if row["op"] == "probe"]
-    if not probes:
-        return ""
-    lines = [[str(row["threads"]), *(f"{row[name] / 1e9:.1f}" for name in units)] for row in probes]
-    return _markdown(["threads", *units.values()], lines)
+    lines = [[str(row["threads"]), *(f"{row[name] / 1e9:.1f}" for name in units)] for row in rows]
+    return _markdown(["threads", *units.values()], lines) if lines else ""
 
 
 def text(rows: list[dict]) -> str:
     """All tables, with the machine on top. Rows of one file are of one machine."""
     newest = rows[-1]
     head = f"{newest['machine']}, torch {newest['torch']}, pyops at {newest['commit']}, {newest['date']}"
-    parts = [head, probe_table(rows), case_table(rows), call_table(rows)]
+    probes = [row for row in rows if row["op"] == "probe"]
+    cases = [row for row in rows if row["op"] != "probe"]
+    parts = [head, probe_table(probes), case_table(cases), call_table(cases)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -126,7 +125,7 @@ def _bars(rows: list[dict], groups: dict[str, list[float | None]], axis_text: st
 def plots(rows: list[dict], folder: Path) -> list[Path]:
     """Speed-ups and fractions of the memory probes, one bar chart each."""
     paths = []
-    compared = [row for row in rows if row.get("rival") and "dispatcher" not in row["references"]]
+    compared = [row for row in rows if row.get("rival") and row["pass"] in ("forward", "backward", "forward_backward")]
     names = ("eager", "compile", "F.cross_entropy")
     if compared:
         ratios = {name: [row["references"].get(name, {}).get("ratio") for row in compared] for name in names}

@@ -16,42 +16,51 @@ if MODE not in ("full", "quick"):
     raise ValueError(f"PYOPS_BENCH must be full or quick, got {MODE!r}")
 QUICK = MODE == "quick"
 FLOORS = harness.load_floors()
-CASES = [case for case in harness.all_cases() if case.gated or not QUICK]
+CASES = [case for case in harness.all_cases() if case.gate or not QUICK]
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """Collects the rows of the run and keeps them; says at the top why floors do not gate here, if so."""
+def run(request):
+    """Collects (row, verdict) of every case; keeps the rows and says what the floors made of them."""
+
+    def say(text: str) -> None:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
+
     why = harness.foreign(FLOORS)
     if why:
-        print(f"\nThe floors inform and do not gate: {why}")
-    taken: list[dict] = []
+        say(f"the floors inform and do not gate: {why}")
+    taken: list[tuple[dict, harness.Verdict]] = []
     yield taken
     path = harness.results_file(QUICK)
-    if not QUICK:
-        taken = harness.probe_rows(sorted({case.threads for case in CASES})) + taken
-    harness.store(taken, path)
-    print(f"\n{len(taken)} rows in {path.relative_to(harness.FOLDER.parent)}")
+    probes = [] if QUICK else harness.probe_rows(sorted({case.threads for case in CASES}))
+    harness.store(probes + [row for row, _ in taken], path)
+    by_state = {state: [v.text for _, v in taken if v.state == state] for state in ("pass", "inform", "fail")}
+    below = [text for text in by_state["inform"] + by_state["fail"] if "BELOW" in text]
+    counts = ", ".join(f"{len(texts)} {state}" for state, texts in by_state.items())
+    say("\n".join([f"{len(taken)} rows in {path.relative_to(harness.FOLDER.parent)}; floors: {counts}", *below]))
 
 
 def _parameters():
     for case in CASES:
-        marks = pytest.mark.benchmark(timer=harness.timer(case.threads), group=f"{case.op} {case.what}")
+        marks = pytest.mark.benchmark(timer=harness.timer(case.threads))
         yield pytest.param(case, id=case.name, marks=marks)
 
 
-@pytest.mark.parametrize("case", _parameters())
-def test_benchmark(case, benchmark, rows):
+@pytest.mark.parametrize("case", list(_parameters()))
+def test_benchmark(case, benchmark, run):
     def drive(target, setup, rounds, clock):
         if benchmark.disabled:
             return harness.drive_plainly(target, setup, rounds, clock)
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
         return benchmark.stats.stats.data
 
-    references = harness.gate_reference(case, FLOORS) if QUICK else None
-    row, verdict = harness.measure_gated(case, FLOORS, drive, references=references, compiled=not QUICK)
-    rows.append(row)
+    if QUICK:
+        row, verdict = harness.measure_gated(case, FLOORS, drive)
+    else:
+        row = harness.measure(case, drive=drive)
+        verdict = harness.measure_gated(case, FLOORS)[1] if case.gate else harness.judge(case, row, FLOORS)
+    run.append((row, verdict))
     benchmark.extra_info["speedup"] = {name: entry["ratio"] for name, entry in row["references"].items()}
     benchmark.extra_info["fraction"] = row["fraction"]
-    print(f"\n{verdict.state}: {verdict.text}")
     assert verdict.state != "fail", f"three times in a row, the last: {verdict.text}"

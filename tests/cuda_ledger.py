@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "bench" / "ledger.json"
+CACHE = ROOT / "build" / "cuda_ledger"
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 JOBS = 2
 GROWTH = 1.02
@@ -126,17 +128,32 @@ def compile_kernels(source: Path, target: str, folder: str) -> dict[str, dict[st
     return kernels
 
 
+def fingerprint() -> str:
+    """Of everything that the ledger depends on."""
+    digest = hashlib.sha256(repr((compiler_version(), FLAGS, TARGETS, sorted(COUNTERS))).encode())
+    for path in sorted(path for suffix in ("cu", "cuh", "h") for path in ROOT.glob(f"csrc/**/*.{suffix}")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
 def take() -> dict:
-    """The ledger of the working tree: {"compiler": ..., "kernels": {source: {kernel: {target: {number: ...}}}}}."""
+    """The ledger of the working tree: {"compiler": ..., "kernels": {source: {kernel: {target: {number: ...}}}}}.
+    Kept under build/ by fingerprint: compiling takes a minute."""
+    cached = CACHE / f"{fingerprint()}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
     jobs = [(source, target) for source in sources() for target in TARGETS]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
         results = list(pool.map(lambda job: compile_kernels(*job, folder), jobs))
     kernels: dict = {}
-    for (source, target), found in zip(jobs, results):
+    for (source, target), found in zip(jobs, results, strict=True):
         file = kernels.setdefault(str(source.relative_to(ROOT)), {})
         for name, numbers in sorted(found.items()):
             file.setdefault(name, {})[target] = numbers
-    return {"compiler": compiler_version(), "kernels": kernels}
+    ledger = {"compiler": compiler_version(), "kernels": kernels}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cached.write_text(json.dumps(ledger))
+    return ledger
 
 
 def rows(ledger: dict) -> dict[tuple[str, str, str], dict[str, int]]:

@@ -21,12 +21,13 @@
 
 #else
 
+#include <assert.h>
 #include <cuda_runtime.h>
 
 #define PYOPS_SHARED(type, name, count) __shared__ type name[count]
 
-#define PYOPS_DYN_SHARED(type, name)                                        \
-  extern __shared__ __align__(16) unsigned char pyops_dynamic_shared[];     \
+#define PYOPS_DYN_SHARED(type, name)                                    \
+  extern __shared__ __align__(16) unsigned char pyops_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(pyops_dynamic_shared)
 
 // The CUDA error of the launch, 0 for success. A kernel template with several arguments goes in parentheses.
@@ -39,9 +40,9 @@
 
 // Stops the kernel, with `message` on stderr and cudaErrorAssert at the next synchronisation, when a condition on
 // data fails that the host cannot check without waiting for the device. The message says "pyops::<op>: ...".
-#define PYOPS_DEVICE_ASSERT(condition, message)                                 \
-  do {                                                                          \
-    if (!(condition)) ::pyops::dev::fail(message, __FILE__, __LINE__);          \
+#define PYOPS_DEVICE_ASSERT(condition, message)                        \
+  do {                                                                 \
+    if (!(condition)) ::pyops::dev::fail(message, __FILE__, __LINE__); \
   } while (false)
 
 namespace pyops::dev {
@@ -57,9 +58,7 @@ PYOPS_DEVICE int lane() { return int(threadIdx.x & 31u); }
 
 #ifdef PYOPS_EMU
 
-[[noreturn]] inline void fail(const char* message, const char* file, int line) {
-  emulator::fail(message, file, line);
-}
+[[noreturn]] inline void fail(const char* message, const char* file, int line) { emulator::fail(message, file, line); }
 
 PYOPS_DEVICE Bits128 ldg128(const void* address) { return emulator::load128<Bits128>(address); }
 PYOPS_DEVICE Bits128 ldg128_stream(const void* address) { return emulator::load128<Bits128>(address); }
@@ -92,7 +91,9 @@ PYOPS_DEVICE float ex2(float x) {
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            const Arguments&... arguments) {
+  // clang-format off
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  // clang-format on
   return int(cudaGetLastError());
 }
 

@@ -56,7 +56,6 @@ class Corpus:
     files: int
     distinct: int
     unknown_share: float
-    rarest: int  # how often the rarest word of the vocabulary occurs in the training text
 
 
 def _tokens(path: Path) -> Iterator[str]:
@@ -95,12 +94,12 @@ def read_corpus(progress) -> Corpus:
         if len(train) >= TRAIN_TOKENS and len(held_out) >= HELD_OUT_TOKENS:
             break
     counts = Counter(train)
-    words = counts.most_common(CLASSES)
-    if len(words) < CLASSES:
-        raise RuntimeError(f"the torch sources here have only {len(words)} distinct tokens, {CLASSES} are needed")
-    number = {word: index for index, (word, _) in enumerate(words)}
-    ids = [torch.tensor([number.get(word, CLASSES) for word in words]) for words in (train, held_out)]
-    return Corpus(*ids, files, len(counts), (ids[1] == CLASSES).float().mean().item(), words[-1][1])
+    frequent = counts.most_common(CLASSES)
+    if len(frequent) < CLASSES:
+        raise RuntimeError(f"the torch sources here have only {len(frequent)} distinct tokens, {CLASSES} are needed")
+    number = {word: index for index, (word, _) in enumerate(frequent)}
+    ids = [torch.tensor([number.get(word, CLASSES) for word in text]) for text in (train, held_out)]
+    return Corpus(*ids, files, len(counts), (ids[1] == CLASSES).float().mean().item())
 
 
 def _windows(ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,17 +288,17 @@ def _loss_and_gradient(function: Callable, logits: Tensor, target: Tensor) -> tu
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def spherical_rows(trainers: list[Trainer], corpus: Corpus, compile_until: float, progress) -> list[DemoRow]:
+def spherical_rows(trainers: list[Trainer], corpus: Corpus, compile_until: float) -> Iterator[DemoRow]:
     """The losses on the logits that the trained models give for held-out text, forward and backward."""
     from pyops._bench import harness, spherical
 
     models = {trainer.setting.name: trainer.model for trainer in trainers}
     context, target = _held_out_examples(corpus, 256)
-    rows = []
+    threads = torch.get_num_threads()
     for op, (function, formulas) in spherical.OPS.items():
         with torch.no_grad():
             logits = models["cross_entropy" if op.startswith("cross_entropy") else "z_loss"](context)
-        threads, compiled = torch.get_num_threads(), time.monotonic() < compile_until
+        compiled = time.monotonic() < compile_until
         prepared = spherical.prepare(op, "forward_backward", logits, target, threads, compiled)
         rivals = {name: rival for name, rival in prepared.rivals.items() if name in (*formulas, "compile")}
         times, compared = harness.compare(prepared.target, rivals, threads, seconds=0.4)
@@ -308,12 +307,10 @@ def spherical_rows(trainers: list[Trainer], corpus: Corpus, compile_until: float
         exact = _loss_and_gradient(formula, logits.double(), target)
         errors = [_relative_error(run, logits, target, exact) for run in (function, formula)]
         shape = f"{logits.shape[0]} x {logits.shape[1]} float32"
-        rows.append(DemoRow(op, shape, 1e3 * median(times), rival, compared[rival]["ratio"], *errors, prepared.backend))
-        progress(1)
-    return rows
+        yield DemoRow(op, shape, 1e3 * median(times), rival, compared[rival]["ratio"], *errors, prepared.backend)
 
 
-#: One provider per family: (trainers, corpus, compile_until, progress) -> rows. A family's input is real: text, or
+#: One provider per family: (trainers, corpus, compile_until) -> rows. A family's input is real: text, or
 #: what a trained model makes of it. torch.compile rivals (seconds each) only until the time given.
 ROW_PROVIDERS = (spherical_rows,)
 
@@ -398,14 +395,14 @@ def _plot(trainers: list[Trainer], rows: list[DemoRow], folder: Path) -> list[Pa
 class _Progress:
     """tqdm where it is installed, else a line on stderr now and then."""
 
-    def __init__(self, text: str, total: int, unit: str) -> None:
+    def __init__(self, text: str, total: int | None, unit: str) -> None:
         self.text, self.total, self.done, self.shown = text, total, 0, time.monotonic()
         try:
             from tqdm import tqdm
         except ImportError:
             self.bar = None
         else:
-            self.bar = tqdm(total=total, desc=text, unit=unit, unit_scale=total > 10_000, file=sys.stderr)
+            self.bar = tqdm(total=total, desc=text, unit=unit, unit_scale=unit == "token", file=sys.stderr)
 
     def __call__(self, count: int) -> None:
         self.done += count
@@ -413,7 +410,7 @@ class _Progress:
             self.bar.update(count)
         elif time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
-            print(f"{self.text}: {self.done} of {self.total}", file=sys.stderr)
+            print(f"{self.text}: {self.done} of {self.total or '?'}", file=sys.stderr)
 
     def __enter__(self) -> _Progress:
         return self
@@ -454,9 +451,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _Progress("training", arguments.steps, "step") as progress:
         trainers = train(corpus, arguments.steps, end - SECONDS_FOR_ROWS, progress)
     training = _training_rows(trainers)
-    with _Progress("ops on real input", 6, "op") as progress:
-        compile_until = end - SECONDS_FOR_END
-        rows = [row for provider in ROW_PROVIDERS for row in provider(trainers, corpus, compile_until, progress)]
+    rows: list[DemoRow] = []
+    with _Progress("ops on real input", None, "op") as progress:
+        for provider in ROW_PROVIDERS:
+            for row in provider(trainers, corpus, end - SECONDS_FOR_END):
+                rows.append(row)
+                progress(1)
     plots = [] if any("matplotlib" in notice for notice in notices) else _plot(trainers, rows, arguments.out)
     seconds = time.monotonic() - start
     if arguments.json:

@@ -110,6 +110,13 @@ def spherical_definition(
     return _reduced(rows, row_weight.sum(), reduction, safe_mean)
 
 
+def _log_sum_exp(o: Tensor) -> Tensor:
+    """Written out: the gradient of torch's own is exp(o - lse), which is 1 for equal logits of 1e30."""
+    largest = o.detach().max(1, keepdim=True).values
+    largest = torch.where(largest.isfinite(), largest, 0)
+    return (largest + (o - largest).exp().sum(1, keepdim=True).log()).squeeze(1)
+
+
 def cross_entropy_definition(
     logits: Tensor, target: Tensor, *, weight=None, target_weight=None, ignore_index=-100, label_smoothing=0.0,
     lse_square_scale=0.0, return_z_loss=False, reduction="mean", safe_mean=False, inplace_backward=False,
@@ -128,7 +135,7 @@ def cross_entropy_definition(
     loss = _reduced(values.sum(1), row_weight.sum(), reduction, safe_mean)
     z_term = torch.zeros_like(loss)
     if lse_square_scale:
-        z_rows = torch.where(row_counts, lse_square_scale * o.logsumexp(1).square(), 0)
+        z_rows = torch.where(row_counts, lse_square_scale * _log_sum_exp(o).square(), 0)
         z_term = _reduced(z_rows, row_counts.sum().to(o.dtype), reduction, safe_mean)
         loss = loss + z_term
     return (loss, z_term.detach()) if return_z_loss else loss
@@ -186,6 +193,7 @@ OWN_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "mse_onehot_loss": {},
     "cross_entropy": {
         "regularised": {"lse_square_scale": 0.01, "return_z_loss": True},
+        "regularised, weighted": {"lse_square_scale": 0.02, "weight": True, "ignored": True, "safe_mean": True},
         "all": {"lse_square_scale": 0.01, "return_z_loss": True, "reduction": "none", "several": True,
                 "target_weight": True, "weight": True, "label_smoothing": 0.3, "ignored": True},
     },

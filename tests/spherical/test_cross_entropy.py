@@ -32,9 +32,7 @@ def call_of(logits: torch.Tensor, target: torch.Tensor, **options) -> Call:
     return Call({"logits": logits, "target": target, **tensors}, options)
 
 
-COMBINATIONS = list(
-    itertools.product((False, True), (0.0, 0.1, 1.0), (-100, 3, -1), ("none", "mean", "sum"), (False, True))
-)
+COMBINATIONS = list(itertools.product((False, True), (0.0, 0.1), (-100, 3, -1), ("none", "mean", "sum")))
 
 
 @pytest.mark.row("R11")
@@ -42,11 +40,12 @@ COMBINATIONS = list(
 @on_every_backend
 def test_equals_torch_in_every_combination(dtype, backend, count_cases):
     """Value and gradient against torch.nn.functional.cross_entropy: class weight x label smoothing x ignore_index x
-    reduction x width of the targets."""
+    reduction, with int64 and int32 targets in turn."""
     random = torch.Generator().manual_seed(1)
     logits = torch.randn(7, 11, generator=random, dtype=torch.float64).to(dtype)
     weight = torch.rand(11, generator=random).to(dtype)
-    for weighted, smoothing, ignore_index, reduction, narrow in COMBINATIONS:
+    for number, (weighted, smoothing, ignore_index, reduction) in enumerate(COMBINATIONS):
+        narrow = bool(number % 2)
         target = torch.tensor([0, 3, 10, ignore_index, 3, 5, 7])
         options = {"label_smoothing": smoothing, "ignore_index": ignore_index, "reduction": reduction}
         call = call_of(logits, target, weight=weight if weighted else None, **options)
@@ -206,7 +205,7 @@ def test_maximum_that_moves_along_a_row(step, backend):
 
 @pytest.mark.row("R8")
 @pytest.mark.parametrize("offset", [1e3, -1e3, 1e4, -1e4])
-@pytest.mark.parametrize("classes", [10, 1000, 4097, 50257])
+@pytest.mark.parametrize("classes", [10, 4097, 50257])
 @CPU
 def test_offset_of_the_logits_costs_no_accuracy(offset, classes, backend):
     """Unit-normal float32 logits far from 0, with and without smoothing and weights."""

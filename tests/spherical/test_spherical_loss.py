@@ -113,7 +113,7 @@ def test_z_loss_gradient_invariants(dtype, backend):
     """The gradient sums to 0 over classes and is orthogonal to the logits, up to the rounding of its entries."""
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
     gradient = gradient_of("z_loss", logits, torch.arange(6), eps=0.0, reduction="none").double()
-    rounding = ulp(dtype, gradient.abs())
+    rounding = 4 * ulp(dtype, gradient.abs())
     assert (gradient.sum(1).abs() <= rounding.sum(1)).all()
     along = (gradient * logits.double()).sum(1).abs()
     assert (along <= (rounding * logits.double().abs()).sum(1)).all()
@@ -296,9 +296,9 @@ def test_z_loss_of_equal_logits(value, dtype, backend):
         loss = pyops.z_loss(logits, target, a=a, b=b, eps=eps, reduction="none")
         assert_accurate(loss, loss, expected, f"eps {eps}")
         gradient = gradient_of("z_loss", logits, target, a=a, b=b, eps=eps, reduction="sum")
-        rho = 1 / (1 + math.exp(-a * b)) * upstream_gradient(torch.zeros(()))
-        exact = torch.full((3, classes), rho.item() / classes, dtype=torch.float64)
-        exact[torch.arange(3), target] -= rho.item()
+        rho = upstream_gradient(torch.zeros(())).item() / (1 + math.exp(-a * b))
+        exact = torch.full((3, classes), rho / classes, dtype=torch.float64)
+        exact[torch.arange(3), target] -= rho
         exact *= 0 if eps == 0 else eps**-0.5
         assert_accurate(gradient, exact.to(dtype), exact, f"gradient, eps {eps}")
 
@@ -314,7 +314,7 @@ def test_one_class(targets, smoothing, dtype, backend):
     logits = torch.tensor([[-2.0], [0.0], [0.7]], dtype=dtype)
     target = torch.zeros(3, targets, dtype=torch.int64)
     expected = {
-        "z_loss": torch.full((3,), math.log1p(math.exp(4.0))),
+        "z_loss": torch.full((3,), math.log1p(math.exp(4.0)), dtype=torch.float64),
         "taylor_softmax_loss": torch.zeros(3),
         "spherical_softmax_loss": torch.zeros(3),
         "mse_onehot_loss": (logits.double() - 1).square().squeeze(1),
@@ -335,9 +335,8 @@ def test_two_classes_and_repeated_rows(name, backend):
     random = torch.Generator().manual_seed(10)
     row = torch.randn(1, 2, generator=random)
     call = call_of(row.repeat(6, 1), torch.tensor([0, 1, 0, 1, 0, 1]), reduction="none")
-    results = outputs_and_gradients(getattr(pyops, name), call, ("logits",))
-    for value in results.values():
-        assert_same_bits(value[::2], value[:1].expand_as(value[::2]) if "output" in results else value[::2])
+    losses = outputs_and_gradients(getattr(pyops, name), call, ("logits",))["output 0"]
+    assert_same_bits(losses, losses[:2].repeat(3))
     check_accuracy(FUNCTIONS_BY_NAME[name], call)
 
 
@@ -345,7 +344,7 @@ def test_two_classes_and_repeated_rows(name, backend):
 @on_every_backend
 def test_spherical_softmax_without_eps(backend):
     """With eps = 0 a target logit of 0 has infinite loss, with smoothing any logit of 0 has; others are finite."""
-    logits = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 2.0], [1.0, 3.0, 2.0]] * 1)
+    logits = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 2.0], [1.0, 3.0, 2.0]])
     target = torch.tensor([0, 0, 0])
     plain = pyops.spherical_softmax_loss(logits, target, eps=0.0, reduction="none")
     assert plain[0] == float("inf")
@@ -361,7 +360,7 @@ def test_spherical_softmax_without_eps(backend):
 @pytest.mark.row("R8")
 @spherical
 @pytest.mark.parametrize("offset", [1e3, -1e3, 1e4])
-@pytest.mark.parametrize("classes", [10, 1000, 4097, 50257])
+@pytest.mark.parametrize("classes", [10, 4097, 50257])
 @pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference"], indirect=True)
 def test_offset_of_the_logits_costs_no_accuracy(name, offset, classes, backend):
     """Unit-normal float32 logits far from 0: the loss within 1e-6 of float64, the gradient by the accuracy rule."""
@@ -408,7 +407,24 @@ def test_margins_of_thousands(backend):
     logits = torch.zeros(2, 10_000)
     logits[:, 0] = 1.0  # z of class 0 is sqrt(9999)
     for a, b in ((30.0, 0.0), (30.0, 200.0), (0.01, 0.0), (1.0, 1e4), (1.0, -1e4)):
-        check_accuracy(FUNCTIONS_BY_NAME["z_loss"], call_of(logits, torch.tensor([0, 1]), a=a, b=b, reduction="none"))
+        call = call_of(logits, torch.tensor([0, 1]), a=a, b=b, reduction="none")
+        check_accuracy(FUNCTIONS_BY_NAME["z_loss"], call, f"{a=} {b=}")
+
+
+@pytest.mark.row("R8", "R21")
+def test_margins_of_thousands_under_transforms():
+    """The composite code that transforms and second derivatives run is as safe as the kernels."""
+    logits = torch.zeros(2, 10_000)
+    logits[:, 0] = 1.0
+    target = torch.tensor([0, 1])
+    for a, b in ((30.0, 200.0), (1.0, 1e4)):
+        call = call_of(logits, target, a=a, b=b, reduction="none")
+        plain = outputs_and_gradients(definition_of("z_loss"), call, ("logits",))
+        exact = outputs_and_gradients(definition_of("z_loss"), call.to(torch.float64), ("logits",))
+        output, pullback = torch.func.vjp(lambda value, call=call: call.replace(logits=value)(pyops.z_loss)[0], logits)
+        assert_accurate(output, plain["output 0"], exact["output 0"], f"{a=} {b=}")
+        gradient = pullback(upstream_gradient(output))[0]
+        assert_accurate(gradient, plain["gradient of logits"], exact["gradient of logits"], f"{a=} {b=}, gradient")
 
 
 @pytest.mark.row("R8")
@@ -557,10 +573,8 @@ def test_in_place_backward_of_strided_logits(name, backend):
         view = make()
         view.copy_(call.tensors["logits"])
         whole = view.as_strided((view.untyped_storage().nbytes() // 4,), (1,), 0)
-        mask = torch.ones_like(whole).as_strided(view.shape, view.stride(), view.storage_offset())
         outside = torch.ones_like(whole, dtype=torch.bool)
         outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
-        assert mask.shape == view.shape
         assert_same_bits(in_place_gradient(name, view, call), expected)
         assert_same_bits(view.contiguous(), expected, "memory of the logits")
         assert (whole[outside] == 7.0).all(), "wrote outside of the view"
@@ -586,7 +600,7 @@ def test_in_place_backward_on_a_leaf_or_overlapping_rows_is_an_error(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("use", ["operation that saved its result", "another loss", "backward twice"])
 def test_in_place_backward_does_not_corrupt_what_others_saved(name, use):
-    """Whoever else needs the logits gets an error from the version counter, or the right gradient; never a wrong one."""
+    """Whoever else needs the logits gets an error from the version counter or the right gradient, never a wrong one."""
     target = torch.tensor([0, 1, 2, 3])
     values = torch.randn(4, 5, generator=torch.Generator().manual_seed(15))
 

@@ -244,9 +244,19 @@ def widen(value):
 
 
 @triton.jit
-def any_row_counts(target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
-                   weight_row_stride, weight_column_stride, ignore_index):  # fmt: skip
-    """Whether at least one row of the program has a target that counts: a program without one reads no logits."""
+def load_chosen(logits, weight, row, row_stride, index, counts):
+    """(logit, class weight) of a target of each row in float64; 0 where it does not count."""
+    o = widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
+    class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
+    if weight is not None:
+        class_weight = widen(tl.load(weight + index, mask=counts, other=0))
+    return o, class_weight
+
+
+@triton.jit
+def rows_that_count(target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
+                    weight_row_stride, weight_column_stride, ignore_index):  # fmt: skip
+    """1 for rows with a target that counts, 0 for ignored ones. A program without any reads no logits."""
     found = tl.zeros(row.shape, tl.int32)
     for j in range(target_count):
         _, counts, _ = load_target(
@@ -254,7 +264,7 @@ def any_row_counts(target, target_weight, row, rows, target_count, target_row_st
             weight_row_stride, weight_column_stride, ignore_index,
         )  # fmt: skip
         found = tl.where(counts, 1, found)
-    return tl.max(found, 0) > 0
+    return found
 
 
 @triton.jit

@@ -21,18 +21,18 @@ from pyops.spherical import _checks
 from . import _common
 from ._common import (
     add_target_gradients,
-    any_row_counts,
+    load_chosen,
     load_target,
     load_tile,
     load_upstream,
     part_span,
     round_to,
     row_skew,
+    rows_that_count,
     scaled_statistic,
     store_tile,
     tile_mask,
     tile_pointers,
-    widen,
 )
 
 # Columns of `statistics`.
@@ -97,11 +97,11 @@ def row_exponentials(
     skew = row_skew(first_row, row_stride, lead, PEEL, VECTOR)
     start, stop = part_span(part, skew, part_columns, classes)
     begin = part * part_columns - skew
-    needed = any_row_counts(
+    counting = rows_that_count(
         target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
         weight_row_stride, weight_column_stride, ignore_index,
     )  # fmt: skip
-    stop = tl.where(needed, stop, begin)
+    stop = tl.where(tl.max(counting, 0) > 0, stop, begin)
     maximum = tl.full((ROWS,), NOTHING, ACCUMULATOR)
     total = tl.zeros((ROWS,), tl.float64)
     weighted = tl.zeros((ROWS,), tl.float64)
@@ -213,10 +213,7 @@ def finish_rows(
         valid = inside | (index == ignore_index) | (row >= rows)
         tl.device_assert(valid, "pyops::cross_entropy: target must be in [0, classes) or ignore_index")
         counts = counts & inside
-        o = widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
-        class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
-        if weight is not None:
-            class_weight = widen(tl.load(weight + index, mask=counts, other=0))
+        o, class_weight = load_chosen(logits, weight, row, row_stride, index, counts)
         share = tl.where(counts, (1 - label_smoothing) * (own * class_weight), 0.0)
         # A class of weight 0 adds nothing, whatever its logit.
         row_loss += tl.where(share == 0, 0.0, share * ((maximum - o) + log_sum))

@@ -21,13 +21,14 @@ from pyops.spherical.reference import SPHERICAL_LOSSES as LOSSES
 from . import _common
 from ._common import (
     add_target_gradients,
-    any_row_counts,
+    load_chosen,
     load_target,
     load_tile,
     load_upstream,
     part_span,
     round_to,
     row_skew,
+    rows_that_count,
     scaled_statistic,
     store_tile,
     tile_mask,
@@ -56,12 +57,11 @@ SUM_LOG = tl.constexpr(2)
 
 # The pivot is the mean of this many elements at the start of a program's share of the row.
 PIVOT_COLUMNS = 256
-# Sums of squares above this, or below this per element, have lost bits in float32. Logits with such squares are
-# multiplied by a power of two that brings them well inside.
-LARGEST_SQUARES = tl.constexpr(1e36)
+# Squares below this (per element) have lost bits in float32; above its range they are infinite. Rows where that
+# matters are taken again in float64, this many columns at a time.
 SMALLEST_SQUARE = tl.constexpr(1e-30)
-SHRINK = tl.constexpr(2.0**-80)
-STRETCH = tl.constexpr(2.0**80)
+NEGLIGIBLE_EPS = tl.constexpr(1e-20)
+RESCUE_COLUMNS = tl.constexpr(1024)
 
 
 # ------------------------------------------------------------------------------------------------ row formulas
@@ -168,9 +168,10 @@ def tile_moments(o, pivot, mask, count):
 
 
 @triton.jit
-def start_pivot(logits, first_row, rows, row_stride, begin, start, stop, factor, SCALED: tl.constexpr,
-                ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
-                COLUMNS: tl.constexpr):  # fmt: skip
+def start_pivot(
+    logits, first_row, rows, row_stride, begin, start, stop,
+    ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Mean of the first columns of the program's share of each row, as first element plus mean difference from it:
     exact for equal logits. (The first element alone would be a bad pivot when it is an outlier.)"""
     row = first_row + tl.arange(0, ROWS)
@@ -179,38 +180,8 @@ def start_pivot(logits, first_row, rows, row_stride, begin, start, stop, factor,
     _, mask, whole, count = tile_mask(begin, start, stop, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
     pointers = tile_pointers(logits, first_row, row_stride, begin, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
     sample = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
-    if SCALED:
-        element *= factor
-        sample *= factor[:, None]
     difference = tl.where(mask, sample - element[:, None], 0.0)
     return element + tl.sum(difference, 1) / tl.maximum(count, 1).to(ACCUMULATOR)
-
-
-@triton.jit
-def walk(logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, SCALED: tl.constexpr,
-         LOG_OF: tl.constexpr, ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr,
-         ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """(mean, m2, sum_log) of the columns [start, stop) of each row, times the powers of `factor` that they have."""
-    seen = tl.zeros((), tl.float64)
-    mean = pivot.to(tl.float64)
-    m2 = tl.zeros((ROWS,), tl.float64)
-    sum_log = tl.zeros((ROWS,), tl.float64)
-    for first in range(begin, stop, COLUMNS):
-        _, mask, whole, count = tile_mask(first, start, stop, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
-        pointers = tile_pointers(logits, first_row, row_stride, first, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
-        o = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
-        if LOG_OF != Z:
-            sum_log += tl.sum(tl.where(mask, log_unnormalised(o, eps, LOG_OF), 0.0), 1).to(tl.float64)
-        if SCALED:
-            o *= factor[:, None]
-        offset, squares = tile_moments(o, pivot, mask, count.to(ACCUMULATOR))
-        together = seen + count.to(tl.float64)
-        share = count.to(tl.float64) / together
-        delta = (pivot.to(tl.float64) - mean) + offset.to(tl.float64)
-        mean += delta * share
-        m2 += squares.to(tl.float64) + delta * delta * (seen * share)
-        seen = together
-    return mean, m2, sum_log
 
 
 @triton.jit(do_not_specialize=[
@@ -229,9 +200,8 @@ def row_moments(
     Program (i, p) owns rows [i ROWS, (i + 1) ROWS) and part p of their columns, which it walks tile by tile. A
     tile is in registers when its mean and then its centred squares are taken: two sums across the program per
     tile, in ACCUMULATOR (float32; float64 for float64 logits). Tiles are merged per row in float64 by Chan's
-    formula, never as q / D - mean^2. Rows whose squares leave the range of float32 are walked again, scaled.
-    partials[plane, row, part], float64, belongs to this program alone. Programs whose rows are all ignored read no
-    logits but for the pivot, and what they leave is not used.
+    formula, never as q / D - mean^2. partials[plane, row, part], float64, belongs to this program alone. Programs
+    whose rows are all ignored read no logits but for the pivot, and what they leave is not used.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     part = tl.program_id(1).to(tl.int64)
@@ -239,36 +209,31 @@ def row_moments(
     skew = row_skew(first_row, row_stride, lead, PEEL, VECTOR)
     start, stop = part_span(part, skew, part_columns, classes)
     begin = part * part_columns - skew
-    eps = tl.full((), eps, tl.float64).to(ACCUMULATOR)
-    factor = tl.full((ROWS,), 1.0, ACCUMULATOR)
     # Also for rows that are ignored: this load need not wait for that of the targets.
-    pivot = start_pivot(
-        logits, first_row, rows, row_stride, begin, start, stop, factor, False, ACCUMULATOR, EVEN, VECTOR, ROWS, PIVOT
-    )
-    needed = any_row_counts(
+    pivot = start_pivot(logits, first_row, rows, row_stride, begin, start, stop, ACCUMULATOR, EVEN, VECTOR, ROWS, PIVOT)
+    counting = rows_that_count(
         target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
         weight_row_stride, weight_column_stride, ignore_index,
     )  # fmt: skip
-    stop = tl.where(needed, stop, begin)
-    mean, m2, sum_log = walk(
-        logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, False, LOG_OF, ACCUMULATOR, EVEN,
-        VECTOR, ROWS, COLUMNS,
-    )  # fmt: skip
-    if ACCUMULATOR == tl.float32 and logits.dtype.element_ty != tl.float16:  # noqa: SIM300
-        large = (m2 < LARGEST_SQUARES) == 0  # or NaN
-        small = (m2 < SMALLEST_SQUARE * (stop - start).to(tl.float64)) & (m2 != 0)
-        if tl.max((large | small).to(tl.int32), 0) > 0:
-            factor = tl.where(large, SHRINK, tl.where(small, STRETCH, 1.0)).to(ACCUMULATOR)
-            pivot = start_pivot(
-                logits, first_row, rows, row_stride, begin, start, stop, factor, True, ACCUMULATOR, EVEN, VECTOR,
-                ROWS, PIVOT,
-            )  # fmt: skip
-            mean, m2, _ = walk(
-                logits, pivot, first_row, rows, row_stride, begin, start, stop, eps, factor, True, Z, ACCUMULATOR,
-                EVEN, VECTOR, ROWS, COLUMNS,
-            )  # fmt: skip
-            mean /= factor.to(tl.float64)
-            m2 /= factor.to(tl.float64) * factor.to(tl.float64)
+    stop = tl.where(tl.max(counting, 0) > 0, stop, begin)
+    eps = tl.full((), eps, tl.float64).to(ACCUMULATOR)
+    seen = tl.zeros((), tl.float64)
+    mean = pivot.to(tl.float64)
+    m2 = tl.zeros((ROWS,), tl.float64)
+    sum_log = tl.zeros((ROWS,), tl.float64)
+    for first in range(begin, stop, COLUMNS):
+        _, mask, whole, count = tile_mask(first, start, stop, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
+        pointers = tile_pointers(logits, first_row, row_stride, first, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
+        o = load_tile(pointers, mask, whole, 0.0, ACCUMULATOR)
+        offset, squares = tile_moments(o, pivot, mask, count.to(ACCUMULATOR))
+        if LOG_OF != Z:
+            sum_log += tl.sum(tl.where(mask, log_unnormalised(o, eps, LOG_OF), 0.0), 1).to(tl.float64)
+        together = seen + count.to(tl.float64)
+        share = count.to(tl.float64) / together
+        delta = (pivot.to(tl.float64) - mean) + offset.to(tl.float64)
+        mean += delta * share
+        m2 += squares.to(tl.float64) + delta * delta * (seen * share)
+        seen = together
     planes = partials + row * tl.num_programs(1) + part
     plane_stride = tl.cast(rows, tl.int64) * tl.num_programs(1)
     tl.store(planes + MEAN * plane_stride, mean, mask=row < rows)
@@ -306,6 +271,40 @@ def merge_parts(partials, row, rows, classes, row_stride, lead, parts, part_colu
 
 
 @triton.jit
+def in_float64(logits, lost, mean, m2, row, first_row, row_stride, classes, ROWS: tl.constexpr):
+    """Replaces (mean, m2) of the lost rows by two passes in float64, one row after the other."""
+    lane = tl.arange(0, RESCUE_COLUMNS)
+    classes = tl.cast(classes, tl.int64)
+    for r in range(ROWS):
+        this = row == first_row + r
+        if tl.max(tl.where(this, lost, 0), 0) > 0:
+            start = logits + (first_row + r) * row_stride
+            total = tl.zeros((RESCUE_COLUMNS,), tl.float64)
+            for first in range(0, classes, RESCUE_COLUMNS):
+                total += widen(tl.load(start + first + lane, mask=first + lane < classes, other=0))
+            center = tl.sum(total, 0) / classes.to(tl.float64)
+            total = tl.zeros((RESCUE_COLUMNS,), tl.float64)
+            for first in range(0, classes, RESCUE_COLUMNS):
+                inside = first + lane < classes
+                centred = tl.where(inside, widen(tl.load(start + first + lane, mask=inside, other=0)) - center, 0.0)
+                total += centred * centred
+            mean = tl.where(this, center, mean)
+            m2 = tl.where(this, tl.sum(total, 0), m2)
+    return mean, m2
+
+
+@triton.jit
+def lost_rows(mean, m2, counting, classes, eps, LOSS: tl.constexpr):
+    """Rows whose squares left the range of float32: 1 where m2 is infinite or NaN, or so small that bits are lost
+    and matter, which they do next to a small eps only. A row of zeros has lost nothing."""
+    lost = (m2 < float("inf")) == 0
+    if LOSS != TAYLOR_SOFTMAX and LOSS != MSE_ONEHOT:
+        small = (m2 < SMALLEST_SQUARE * classes) & ((m2 != 0) | (mean != 0))
+        lost = lost | (small & (tl.zeros(m2.shape, tl.float64) + eps < NEGLIGIBLE_EPS))
+    return tl.where(lost, counting, 0)
+
+
+@triton.jit
 def store_row(statistics, mean, scale, slope, shift, smooth, live, mask):
     """The five row numbers; zeros for ignored rows. The centre is rounded to the type of `statistics`, and what
     that loses of the mean goes into the shift: an offset of 1e4 on float32 logits costs no accuracy."""
@@ -334,7 +333,8 @@ def finish_rows(
     """Row formulas: `statistics` of ROWS rows, and their losses (REDUCE 0) or the sums of their losses and row
     weights in block_sums[:, program]. Everything is float64 until stored. `debug` is what arms the assertion.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     there = row < rows
     mean, m2, sum_log = merge_parts(
         partials, row, rows, classes, row_stride, lead, parts, part_columns, LOG_OF, PEEL, VECTOR, PARTS
@@ -342,6 +342,14 @@ def finish_rows(
     columns = tl.full((), classes, tl.float64)
     a, b = tl.full((), a, tl.float64), tl.full((), b, tl.float64)
     eps, smoothing = tl.full((), eps, tl.float64), tl.full((), smoothing, tl.float64)
+    if logits.dtype.element_ty == tl.float32 or logits.dtype.element_ty == tl.bfloat16:
+        counting = rows_that_count(
+            target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
+            weight_row_stride, weight_column_stride, ignore_index,
+        )  # fmt: skip
+        lost = lost_rows(mean, m2, counting, columns, eps, LOSS)
+        if tl.max(lost, 0) > 0:
+            mean, m2 = in_float64(logits, lost, mean, m2, row, first_row, row_stride, classes, ROWS)
     scale = tl.full((ROWS,), 1.0, tl.float64)
     if LOSS == Z:
         sigma = tl.sqrt(m2 / columns + eps)
@@ -358,10 +366,7 @@ def finish_rows(
         valid = inside | (index == ignore_index) | (row >= rows)
         tl.device_assert(valid, "pyops::spherical_loss: target must be in [0, classes) or ignore_index")
         counts = counts & inside
-        o = widen(tl.load(logits + row * row_stride + index, mask=counts, other=0))
-        class_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
-        if weight is not None:
-            class_weight = widen(tl.load(weight + index, mask=counts, other=0))
+        o, class_weight = load_chosen(logits, weight, row, row_stride, index, counts)
         omega = tl.where(counts, own * class_weight, 0.0)
         loss_j, slope_j, shift_j, smooth_j, gradient = target_terms(
             o, omega, mean, m2, sum_log, scale, columns, a, b, eps, smoothing, LOSS
@@ -495,6 +500,7 @@ def spherical_loss(
             logits, target, target_weight, partials, *walk, plan.part_columns, eps,
             ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PIVOT=min(PIVOT_COLUMNS, tile.columns),
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **cut,
+            registers=255 if log_of and logits.dtype == torch.float64 else None,
         )  # fmt: skip
         _common.launch(
             finish_rows, (plan.finish_blocks,),

@@ -19,7 +19,6 @@
 //
 // Backward: see row_gradient.cuh; one exponential per element, in float (double for float64).
 #include "cross_entropy.cuh"
-
 #include "row_gradient.cuh"
 
 namespace pyops {
@@ -86,7 +85,8 @@ struct ExponentialSums {
 #pragma unroll
       for (int b = 0; b < width; ++b) vector_sum += exponential<T>(o[a][b] - finite_shift);
       sum += vector_sum;
-      if constexpr (kSmoothing != Smoothing::none) weighted_sum += sum_of_weighted(o[a], elements, highest, column + a * step);
+      if constexpr (kSmoothing != Smoothing::none)
+        weighted_sum += sum_of_weighted(o[a], elements, highest, column + a * step);
     }
     count += kA * elements;
     if (count >= kLongestRun) {
@@ -213,8 +213,8 @@ PYOPS_DEVICE TargetSums add_targets(const CrossEntropyForward& f, int64_t row, c
                                     double log_sum, int lane, int lanes) {
   const LossRows& rows = f.rows;
   const T* logits = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-  StatisticOf<T>* gradients = static_cast<StatisticOf<T>*>(rows.statistics) +
-                              row * (kTargetGradientCe + rows.targets) + kTargetGradientCe;
+  StatisticOf<T>* gradients =
+      static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradientCe + rows.targets) + kTargetGradientCe;
   TargetSums own{};
   for (int64_t j = lane; j < rows.targets; j += lanes) {
     const Target target = read_target<T>(rows, row, j, PYOPS_CROSS_ENTROPY_RANGE);
@@ -245,8 +245,7 @@ PYOPS_DEVICE void finish_one_row(const CrossEntropyForward& f, const RowSplit& s
   const double log_sum = counts ? log(exponentials.sum) : 0;
   TargetSums sums = add_targets<T>(f, row, exponentials, log_sum, lane, lanes);
   if (lane != 0) return;
-  StatisticOf<T>* statistics =
-      static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradientCe + rows.targets);
+  StatisticOf<T>* statistics = static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradientCe + rows.targets);
   double z_term = 0;
   if (counts) {
     const bool weighted = rows.class_weight && f.options.label_smoothing != 0;
@@ -280,9 +279,9 @@ PYOPS_DEVICE void write_result(const CrossEntropyForward& f, const double (&tota
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(CrossEntropyForward f, RowSplit split, int lanes, Workspace workspace) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
+  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
   double totals[kColumns];
-  for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double(&sums)[kColumns]) {
+  for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double (&sums)[kColumns]) {
     finish_one_row<T>(f, split, workspace, row, lane, lanes, sums);
   });
   if (threadIdx.x != 0) return;
@@ -293,9 +292,9 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
   }
 }
 
-__global__ void __launch_bounds__(kTotalThreads) total_kernel(CrossEntropyForward f, const double* subtotals,
-                                                              int blocks) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
+__global__ void __launch_bounds__(kTotalThreads)
+    total_kernel(CrossEntropyForward f, const double* subtotals, int blocks) {
+  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
   double totals[kColumns];
   sum_subtotals(subtotals, blocks, totals, scratch);
   if (threadIdx.x == 0) write_result(f, totals);
@@ -316,8 +315,8 @@ int launch_exponentials(const CrossEntropyForward& f, const RowSplit& split, con
                       : rows.class_weight ? exponentials_kernel<T, Smoothing::weighted>
                                           : exponentials_kernel<T, Smoothing::plain>;
   return for_each_row_slice(rows.rows, [&](int64_t first, int64_t count) {
-    return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.parts)), dim3(unsigned(split.threads)), 0, stream, f,
-                        split, first, workspace.partials);
+    return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.parts)), dim3(unsigned(split.threads)), 0, stream,
+                        f, split, first, workspace.partials);
   });
 }
 
@@ -401,9 +400,8 @@ template <class T, bool kClassWeight>
 __global__ void __launch_bounds__(kGradientThreads, kClassWeight || sizeof(T) == 8 ? 2 : 3)
     gradient_kernel(CrossEntropyBackward b, ColumnSplit split, int64_t first_row) {
   PYOPS_SHARED(CrossEntropyNumbers, numbers, 1);
-  PYOPS_SHARED(int, marks, kMarks);
   const CrossEntropyGradient<kClassWeight> loss{b.rows.class_weight};
-  write_gradient<T>(b.rows, split, first_row + blockIdx.x, loss, numbers, marks);
+  write_gradient<T>(b.rows, split, first_row + blockIdx.x, loss, numbers);
 }
 
 }  // namespace
@@ -421,9 +419,8 @@ extern "C" int pyops_cross_entropy(const CrossEntropyForward* arguments, void* s
   const LossRows& rows = arguments->rows;
   const RowSplit split = split_rows(rows.rows, rows.classes, element_bytes(rows.dtype));
   const RowFinish finish = finish_rows(rows.rows, rows.targets, split.parts);
-  return with_element_type(rows.dtype, [&](auto element) {
-    return launch_forward<decltype(element)>(*arguments, split, finish, stream);
-  });
+  return with_element_type(
+      rows.dtype, [&](auto element) { return launch_forward<decltype(element)>(*arguments, split, finish, stream); });
 }
 
 extern "C" int pyops_cross_entropy_backward(const CrossEntropyBackward* arguments, void* stream) {
@@ -434,8 +431,8 @@ extern "C" int pyops_cross_entropy_backward(const CrossEntropyBackward* argument
     using T = decltype(element);
     const auto kernel = b.rows.class_weight ? gradient_kernel<T, true> : gradient_kernel<T, false>;
     return for_each_row_slice(b.rows.rows, [&](int64_t first, int64_t count) {
-      return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.chunks)), dim3(unsigned(split.threads)), 0, stream,
-                          b, split, first);
+      return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.chunks)), dim3(unsigned(split.threads)), 0,
+                          stream, b, split, first);
     });
   });
 }

@@ -24,20 +24,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& logi
   const CudaScope scope(logits_in);
   const Tensor logits = rows_dense(logits_in);
   const OptionalTensor weight = contiguous_or_none(weight_in);
-  Tensor loss = new_loss(arguments, logits, reduction, out_dtype);
-  Tensor z_term = new_loss(arguments, logits, reduction, out_dtype);
-  Tensor statistics = torch::stable::new_empty(logits, {arguments.rows, kTargetGradientCe + arguments.targets},
-                                               statistics_scalar_type(arguments));
-  Tensor normalizer = torch::stable::new_empty(logits, {2}, ScalarType::Double);
+  const ScalarType dtype = out_dtype.value_or(scalar_type_of(arguments.dtype));
+  Tensor loss = new_loss(arguments, logits, reduction, dtype);
+  Tensor z_term = new_loss(arguments, logits, reduction, dtype);
+  Tensor statistics =
+      new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, statistics_scalar_type(arguments));
+  Tensor normalizer = new_tensor(logits, {2}, ScalarType::Double);
   CrossEntropyForward forward{
       loss_rows(arguments, logits, target, target_weight, weight, ignore_index, reduction, safe_mean),
       {label_smoothing, lse_square_scale}};
-  Tensor workspace = torch::stable::new_empty(logits, {pyops_cross_entropy_workspace(&forward)}, ScalarType::Double);
+  Tensor workspace = new_tensor(logits, {pyops_cross_entropy_workspace(&forward)}, ScalarType::Double);
   forward.rows.statistics = statistics.mutable_data_ptr();
   forward.rows.normalizer = static_cast<double*>(normalizer.mutable_data_ptr());
   forward.rows.loss = loss.mutable_data_ptr();
   forward.rows.z_term = z_term.mutable_data_ptr();
-  forward.rows.loss_dtype = check_floating(kForward, "loss", loss);
+  forward.rows.loss_dtype = dtype_of(dtype);
   forward.rows.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   check_launch(kForward, pyops_cross_entropy(&forward, scope.stream()));
   return {loss, z_term, statistics, normalizer};
@@ -45,8 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& logi
 
 LossArguments check_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                              const OptionalTensor& weight, const Tensor& statistics, const Tensor& normalizer) {
-  const LossArguments arguments = check_backward_arguments(kBackward, grad_loss, logits, target, statistics,
-                                                           normalizer, kTargetGradientCe, 2);
+  const LossArguments arguments =
+      check_backward_arguments(kBackward, grad_loss, logits, target, statistics, normalizer, kTargetGradientCe, 2);
   if (weight) check_class_weight(arguments, *weight, logits);
   check_column_count(arguments);
   return arguments;
@@ -55,10 +56,12 @@ LossArguments check_backward(const Tensor& grad_loss, const Tensor& logits, cons
 void backward_into(const LossArguments& arguments, const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                    const OptionalTensor& weight_in, const Tensor& statistics_in, const Tensor& normalizer_in,
                    const Tensor& out, void* stream) {
-  const Tensor statistics = torch::stable::contiguous(statistics_in);
-  const Tensor normalizer = torch::stable::contiguous(normalizer_in);
+  const Tensor statistics = as_contiguous(statistics_in);
+  const Tensor normalizer = as_contiguous(normalizer_in);
   const OptionalTensor weight = contiguous_or_none(weight_in);
-  CrossEntropyBackward backward{gradient_rows(arguments, grad_loss, logits, target, statistics, normalizer, out)};
+  const OptionalTensor originals = new_originals(arguments, logits);
+  CrossEntropyBackward backward{
+      gradient_rows(arguments, grad_loss, logits, target, statistics, normalizer, out, originals)};
   if (weight) backward.rows.class_weight = weight->const_data_ptr();
   check_launch(kBackward, pyops_cross_entropy_backward(&backward, stream));
 }
@@ -68,7 +71,7 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_loss, const Tensor& logits
   const LossArguments arguments = check_backward(grad_loss, logits_in, target, weight, statistics, normalizer);
   const CudaScope scope(logits_in);
   const Tensor logits = rows_dense(logits_in);
-  Tensor out = torch::stable::new_empty(logits, {arguments.rows, arguments.classes});
+  Tensor out = new_tensor(logits, {arguments.rows, arguments.classes}, scalar_type_of(arguments.dtype));
   backward_into(arguments, grad_loss, logits, target, weight, statistics, normalizer, out, scope.stream());
   return out;
 }

@@ -57,6 +57,11 @@ struct GradientRows {
   const void* class_weight;  // cross_entropy only; contiguous; null: ones
   const void* statistics;    // contiguous
   const double* normalizer;
+  // rows x targets elements of the dtype of logits; null up to kHeldTargets targets per row.
+  void* originals;
 };
+
+// So many targets of a row are kept in registers by any backward block.
+constexpr int64_t kHeldTargets = 32;
 
 }  // namespace pyops

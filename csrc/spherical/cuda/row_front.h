@@ -19,8 +19,8 @@ inline void check_column_count(const LossArguments& arguments) {
 
 // Everything but the outputs and the workspace; `class_weight` is contiguous.
 inline LossRows loss_rows(const LossArguments& arguments, const Tensor& logits, const Tensor& target,
-                          const OptionalTensor& target_weight, const OptionalTensor& class_weight,
-                          int64_t ignore_index, int64_t reduction, bool safe_mean) {
+                          const OptionalTensor& target_weight, const OptionalTensor& class_weight, int64_t ignore_index,
+                          int64_t reduction, bool safe_mean) {
   LossRows rows{};
   rows.logits = logits.const_data_ptr();
   rows.row_stride = logits.stride(0);
@@ -38,9 +38,10 @@ inline LossRows loss_rows(const LossArguments& arguments, const Tensor& logits, 
   return rows;
 }
 
+// Everything but the class weights. `originals` is scratch that must live until the launch; see GradientRows.
 inline GradientRows gradient_rows(const LossArguments& arguments, const Tensor& grad_loss, const Tensor& logits,
                                   const Tensor& target, const Tensor& statistics, const Tensor& normalizer,
-                                  const Tensor& gradient) {
+                                  const Tensor& gradient, const OptionalTensor& originals) {
   GradientRows rows{};
   rows.grad_loss = grad_loss.const_data_ptr();
   rows.grad_dtype = check_floating(arguments.op, "grad_loss", grad_loss);
@@ -57,20 +58,24 @@ inline GradientRows gradient_rows(const LossArguments& arguments, const Tensor& 
   rows.target_is_wide = target.element_size() == 8;
   rows.statistics = statistics.const_data_ptr();
   rows.normalizer = static_cast<const double*>(normalizer.const_data_ptr());
+  if (originals) rows.originals = originals->data_ptr();
   return rows;
+}
+
+inline OptionalTensor new_originals(const LossArguments& arguments, const Tensor& logits) {
+  if (arguments.targets <= kHeldTargets) return std::nullopt;
+  return new_tensor(logits, {arguments.rows, arguments.targets}, scalar_type_of(arguments.dtype));
 }
 
 inline OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
   if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return as_contiguous(*tensor);
 }
 
 // An output of the reduced shape: () or (rows).
-inline Tensor new_loss(const LossArguments& arguments, const Tensor& logits, int64_t reduction,
-                       const std::optional<ScalarType>& out_dtype) {
-  const ScalarType dtype = out_dtype.value_or(logits.scalar_type());
-  if (reduction == kReductionNone) return torch::stable::new_empty(logits, {arguments.rows}, dtype);
-  return torch::stable::new_empty(logits, {}, dtype);
+inline Tensor new_loss(const LossArguments& arguments, const Tensor& logits, int64_t reduction, ScalarType dtype) {
+  if (reduction == kReductionNone) return new_tensor(logits, {arguments.rows}, dtype);
+  return new_tensor(logits, {}, dtype);
 }
 
 }  // namespace pyops

@@ -5,11 +5,10 @@
 // statistics, the upstream gradient and the normaliser into the few numbers of f_r, in double, and leaves them in
 // shared memory; then every thread streams 16-byte vectors that lie on 16-byte boundaries of the output.
 //
-// Targets: the first warp also marks in shared memory which stripes of the chunk (the 32 vectors that one warp
-// handles at once) hold a target column. Unmarked stripes, nearly all of them, pay one shared-memory read per vector.
-// In a marked one the thread that owns the column still has the original logit in a register after its vector store,
-// so the same code serves the in-place form: it computes f_r plus the sum over duplicate targets in double, rounds
-// once, and stores the element over what it has just stored.
+// Targets: they cost the stream nothing. Thread j % threads owns target j. Before the stream it fetches the original
+// logit of its target, if that column belongs to the chunk, which a barrier protects from being overwritten in
+// place; after the stream, and another barrier, it computes f_r plus the sum over duplicate targets in double,
+// rounds once and stores the element over what the stream left there. Of duplicates the first one does that.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -18,14 +17,7 @@ namespace pyops {
 namespace {
 
 constexpr int kGradientThreads = 256;
-constexpr int kMaximumStripes = 1024;
-constexpr int kStepStripes = kVectorsInFlight * kGradientThreads / 32;  // of one step of a block
-constexpr int kSingles = kMaximumStripes;  // the mark of the elements outside whole vectors
-constexpr int kMarks = kMaximumStripes + 1;
 constexpr int64_t kMaximumChunks = 65535;  // grid.y
-
-template <class T>
-constexpr int kStripeColumns = 32 * dev::kVectorElements<T>;
 
 struct ColumnSplit {
   int threads;            // of a block
@@ -51,18 +43,6 @@ inline ColumnSplit split_columns(int64_t rows, int64_t columns, int64_t element_
   return {threads, int(divide_up(columns, chunk_columns)), chunk_columns};
 }
 
-// The K targets of one row, as the backward sees them: one counts where its saved gradient is not 0.
-template <class T>
-struct RowTargetGradients {
-  const GradientRows& g;
-  const StatisticOf<T>* gradients;  // of this row
-  int64_t row;
-  const char* message;
-
-  PYOPS_DEVICE double gradient(int64_t j) const { return double(gradients[j]); }
-  PYOPS_DEVICE int64_t column(int64_t j) const { return read_class(g.target, g.target_is_wide, row, j); }
-};
-
 // Part of a row that one block writes.
 template <class T>
 struct Chunk {
@@ -70,13 +50,13 @@ struct Chunk {
   T* out;
   const T* weight;  // class weights of the columns, or null
   int64_t begin;    // column of x[0] in the row
-  int columns, head, body_end;  // whole vectors lie in [head, body_end)
-
-  PYOPS_DEVICE int stripe_of(int column) const { return int(unsigned(column - head) / unsigned(kStripeColumns<T>)); }
+  int columns;
+  int head, body_end;  // whole vectors lie in [head, body_end)
 };
 
 template <class T>
 PYOPS_DEVICE Chunk<T> chunk_of(const GradientRows& g, const ColumnSplit& split, int64_t row) {
+  constexpr int width = dev::kVectorElements<T>;
   const int64_t begin = int64_t(blockIdx.y) * split.chunk_columns, left = g.classes - begin;
   Chunk<T> chunk;
   chunk.begin = begin;
@@ -85,54 +65,87 @@ PYOPS_DEVICE Chunk<T> chunk_of(const GradientRows& g, const ColumnSplit& split, 
   chunk.out = static_cast<T*>(g.gradient) + row * g.gradient_row_stride + begin;
   chunk.weight = g.class_weight ? static_cast<const T*>(g.class_weight) + begin : nullptr;
   chunk.head = elements_to_boundary(chunk.out, chunk.columns);
-  constexpr int width = dev::kVectorElements<T>;
   chunk.body_end = chunk.head + (chunk.columns - chunk.head) / width * width;
   return chunk;
 }
 
-// Run by the first warp: counts the targets of each stripe.
+// ---- targets --------------------------------------------------------------------------------------------
+
+// The K targets of one row, as one block sees them. A target counts where its saved gradient is not 0.
 template <class T>
-PYOPS_DEVICE void mark_targets(const Chunk<T>& chunk, const RowTargetGradients<T>& targets, int* marks) {
-  // Also those past the end, which the last step asks for.
-  const int stripes = chunk.columns / kStripeColumns<T> + kStepStripes;
-  for (int i = dev::lane(); i < stripes; i += 32) marks[i] = 0;
-  if (dev::lane() == 0) marks[kSingles] = 0;
-  __syncwarp();
-  for (int64_t j = dev::lane(); j < targets.g.targets; j += 32) {
-    if (targets.gradient(j) == 0) continue;
-    const int64_t column = targets.column(j), offset = column - chunk.begin;
-    PYOPS_DEVICE_ASSERT(column >= 0 && column < targets.g.classes, targets.message);
-    if (offset < 0 || offset >= chunk.columns) continue;
-    const bool in_vector = offset >= chunk.head && offset < chunk.body_end;
-    atomicAdd(&marks[in_vector ? chunk.stripe_of(int(offset)) : kSingles], 1);
+struct ChunkTargets {
+  const GradientRows& g;
+  const StatisticOf<T>* gradients;  // of this row
+  T* originals;                     // of this row, for the targets beyond the first of each thread
+  int64_t row, begin;
+  int columns;
+
+  PYOPS_DEVICE double gradient(int64_t j) const { return double(gradients[j]); }
+  PYOPS_DEVICE int64_t column(int64_t j) const { return read_class(g.target, g.target_is_wide, row, j); }
+
+  // Where target j lies within the chunk, or -1.
+  PYOPS_DEVICE int offset(int64_t j, const char* message) const {
+    if (gradient(j) == 0) return -1;
+    const int64_t c = column(j), distance = c - begin;
+    PYOPS_DEVICE_ASSERT(c >= 0 && c < g.classes, message);
+    return distance >= 0 && distance < columns ? int(distance) : -1;
+  }
+
+  // Sum of the gradients of all targets that share the column of target j; false if j is not the first of them.
+  PYOPS_DEVICE bool sum_of_duplicates(int64_t j, double& sum) const {
+    const int64_t c = column(j);
+    sum = 0;
+#pragma unroll 1
+    for (int64_t other = 0; other < g.targets; ++other) {
+      const double gradient_there = gradient(other);
+      if (gradient_there == 0 || column(other) != c) continue;
+      if (other < j) return false;
+      sum += gradient_there;
+    }
+    return true;
+  }
+};
+
+// The first target of this thread: its place in the chunk, or -1, and the logit that was there.
+template <class T>
+struct HeldTarget {
+  int offset;
+  T logit;
+};
+
+template <class T>
+PYOPS_DEVICE HeldTarget<T> hold_targets(const Chunk<T>& chunk, const ChunkTargets<T>& targets, const char* message) {
+  HeldTarget<T> held = {-1, T{}};
+#pragma unroll 1
+  for (int64_t j = threadIdx.x; j < targets.g.targets; j += blockDim.x) {
+    const int offset = targets.offset(j, message);
+    if (j < blockDim.x) held.offset = offset;
+    if (offset < 0) continue;
+    if (j < blockDim.x) {
+      held.logit = chunk.x[offset];
+    } else {
+      targets.originals[j] = chunk.x[offset];
+    }
+  }
+  return held;
+}
+
+template <class T, class Loss>
+PYOPS_DEVICE void write_targets(const HeldTarget<T>& held, const Chunk<T>& chunk, const ChunkTargets<T>& targets,
+                                const Loss& loss, const typename Loss::Numbers& numbers) {
+#pragma unroll 1
+  for (int64_t j = threadIdx.x; j < targets.g.targets; j += blockDim.x) {
+    const bool first = j < blockDim.x;
+    const int offset = first ? held.offset : targets.offset(j, loss.message());
+    double sum;
+    if (offset < 0 || !targets.sum_of_duplicates(j, sum)) continue;
+    const double o = double(dev::widen(first ? held.logit : targets.originals[j]));
+    const double value = loss.template value<T>(numbers, o, chunk.begin + offset) + numbers.target_scale * sum;
+    dev::narrow(value, chunk.out[offset]);
   }
 }
 
-// Stores the target columns among the first `n` elements that `bits` held before the pass; `first` is the column of
-// the first one within the chunk.
-template <class T, class Loss>
-PYOPS_DEVICE void write_targets(const dev::Bits128& bits, int n, int first, const Chunk<T>& chunk,
-                                const RowTargetGradients<T>& targets, const Loss& loss,
-                                const typename Loss::Numbers& numbers) {
-  T elements[dev::kVectorElements<T>];
-  memcpy(elements, &bits, 16);
-#pragma unroll 1
-  for (int64_t j = 0; j < targets.g.targets; ++j) {
-    if (targets.gradient(j) == 0) continue;
-    const int64_t column = targets.column(j), offset = column - chunk.begin - first;
-    if (offset < 0 || offset >= n) continue;
-    T element = elements[0];  // a chain of selects: an indexed register array would live in memory
-#pragma unroll
-    for (int i = 1; i < dev::kVectorElements<T>; ++i) element = offset == i ? elements[i] : element;
-    double sum = 0;
-#pragma unroll 1
-    for (int64_t other = 0; other < targets.g.targets; ++other) {
-      if (targets.column(other) == column) sum += targets.gradient(other);
-    }
-    const double value = loss.template value<T>(numbers, double(dev::widen(element)), column);
-    dev::narrow(value + numbers.target_scale * sum, chunk.out[first + int(offset)]);
-  }
-}
+// ---- stream ---------------------------------------------------------------------------------------------
 
 template <class T>
 PYOPS_DEVICE dev::Bits128 load_elements(const T* x) {
@@ -164,13 +177,12 @@ PYOPS_DEVICE void write_vector(const dev::Bits128& bits, int column, const Chunk
 }
 
 template <class T, class Formula>
-PYOPS_DEVICE void write_single(const dev::Bits128& bits, int column, const Chunk<T>& chunk, const Formula& formula) {
-  RealOf<T> o[dev::kVectorElements<T>];
-  dev::unpack(bits, o, chunk.x);
+PYOPS_DEVICE void write_single(int column, const Chunk<T>& chunk, const Formula& formula) {
+  const RealOf<T> o = dev::widen(chunk.x[column]);
   if constexpr (Formula::kWeighted) {
-    dev::narrow(formula(o[0], dev::widen(chunk.weight[column])), chunk.out[column]);
+    dev::narrow(formula(o, dev::widen(chunk.weight[column])), chunk.out[column]);
   } else {
-    dev::narrow(formula(o[0]), chunk.out[column]);
+    dev::narrow(formula(o), chunk.out[column]);
   }
 }
 
@@ -182,9 +194,9 @@ PYOPS_DEVICE int single_of(const Chunk<T>& chunk) {
   return single < chunk.head ? single : chunk.body_end + (single - chunk.head);
 }
 
-// The common case: up to kVectorsInFlight vectors without a target, all loads before the first store.
+// Up to kVectorsInFlight vectors, all loads before the first store.
 template <class T, class Formula>
-PYOPS_DEVICE void stream_vectors(int column, int step, const Chunk<T>& chunk, const Formula& formula) {
+PYOPS_DEVICE void stream_step(int column, int step, const Chunk<T>& chunk, const Formula& formula) {
   dev::Bits128 bits[kVectorsInFlight];
 #pragma unroll
   for (int a = 0; a < kVectorsInFlight; ++a) {
@@ -196,35 +208,19 @@ PYOPS_DEVICE void stream_vectors(int column, int step, const Chunk<T>& chunk, co
   }
 }
 
-template <class T, class Loss, class Formula>
-PYOPS_DEVICE void stream_chunk(const Chunk<T>& chunk, const RowTargetGradients<T>& targets, const Loss& loss,
-                               const typename Loss::Numbers& numbers, const Formula& formula, const int* marks) {
+template <class T, class Formula>
+PYOPS_DEVICE void stream_chunk(const Chunk<T>& chunk, const Formula& formula) {
   constexpr int width = dev::kVectorElements<T>;
-  const int step = int(blockDim.x) * width;
-  // Where logits and gradient differ in alignment, loads are narrow (L1 merges them) and stores wide.
-  const bool aligned = (reinterpret_cast<uintptr_t>(chunk.x + chunk.head) & 15u) == 0;
-  int column = chunk.head + int(threadIdx.x) * width;
-  for (; column < chunk.body_end; column += kVectorsInFlight * step) {
-    const int stripe = chunk.stripe_of(column);
-    int marked = 0;
-#pragma unroll
-    for (int a = 0; a < kVectorsInFlight; ++a) marked |= marks[stripe + a * int(blockDim.x / 32)];
-    if (aligned && marked == 0) {
-      stream_vectors(column, step, chunk, formula);
-      continue;
-    }
-#pragma unroll 1
-    for (int at = column; at < chunk.body_end && at < column + kVectorsInFlight * step; at += step) {
-      const dev::Bits128 bits = aligned ? dev::ldg128_stream(chunk.x + at) : load_elements(chunk.x + at);
-      write_vector(bits, at, chunk, formula);
-      if (marks[chunk.stripe_of(at)]) write_targets(bits, width, at, chunk, targets, loss, numbers);
+  const int step = int(blockDim.x) * width, column = chunk.head + int(threadIdx.x) * width;
+  if ((reinterpret_cast<uintptr_t>(chunk.x + chunk.head) & 15u) == 0) {
+    for (int at = column; at < chunk.body_end; at += kVectorsInFlight * step) stream_step(at, step, chunk, formula);
+  } else {  // logits and gradient differ in alignment: narrow loads, which L1 merges, and wide stores
+    for (int at = column; at < chunk.body_end; at += step) {
+      write_vector(load_elements(chunk.x + at), at, chunk, formula);
     }
   }
   const int single = single_of(chunk);
-  if (single < 0) return;
-  const dev::Bits128 bits = dev::first_element(chunk.x[single]);
-  write_single(bits, single, chunk, formula);
-  if (marks[kSingles]) write_targets(bits, 1, single, chunk, targets, loss, numbers);
+  if (single >= 0) write_single(single, chunk, formula);
 }
 
 template <class T>
@@ -237,33 +233,37 @@ PYOPS_DEVICE void zero_chunk(const Chunk<T>& chunk) {
   if (single >= 0) dev::narrow(RealOf<T>(0), chunk.out[single]);
 }
 
+// ---- kernel body ----------------------------------------------------------------------------------------
+
 // The whole of a backward kernel. `Loss` knows the formula of one loss:
 //   Numbers                         of a row, in shared memory: doubles, with `zero` and `target_scale`
 //   Numbers numbers<T>(g, row)      from statistics, upstream gradient and normaliser
 //   double value<T>(numbers, o, k)  gradient of column k with logit o, without target gradients
 //   with_formula<T>(numbers, run)   calls run(formula): formula(o) or, if kWeighted, formula(o, class weight)
-// A row with `zero` is ignored: its gradient is exactly 0 and its logits, which may hold anything, are not read.
+// A row with `zero` is ignored: its gradient is exactly 0 and its logits, which may hold anything, do not enter.
 template <class T, class Loss>
 PYOPS_DEVICE void write_gradient(const GradientRows& g, const ColumnSplit& split, int64_t row, const Loss& loss,
-                                 typename Loss::Numbers* shared_numbers, int* marks) {
+                                 typename Loss::Numbers* shared_numbers) {
   const Chunk<T> chunk = chunk_of<T>(g, split, row);
-  const RowTargetGradients<T> targets{
-      g, static_cast<const StatisticOf<T>*>(g.statistics) + row * (Loss::kRowNumbers + g.targets) + Loss::kRowNumbers,
-      row, loss.message()};
+  const StatisticOf<T>* statistics = static_cast<const StatisticOf<T>*>(g.statistics);
+  T* const originals = g.originals ? static_cast<T*>(g.originals) + row * g.targets : nullptr;
+  const ChunkTargets<T> targets{g,           statistics + row * (Loss::kRowNumbers + g.targets) + Loss::kRowNumbers,
+                                originals,   row,
+                                chunk.begin, chunk.columns};
   if (threadIdx.x < 32) {
     const typename Loss::Numbers numbers = loss.template numbers<T>(g, row);
     if (dev::lane() == 0) shared_numbers[0] = numbers;
-    mark_targets(chunk, targets, marks);
   }
+  const HeldTarget<T> held = hold_targets(chunk, targets, loss.message());
   __syncthreads();
   const typename Loss::Numbers& numbers = shared_numbers[0];
   if (numbers.zero) {
     zero_chunk(chunk);
     return;
   }
-  loss.template with_formula<T>(numbers, [&](const auto& formula) {
-    stream_chunk(chunk, targets, loss, numbers, formula, marks);
-  });
+  loss.template with_formula<T>(numbers, [&](const auto& formula) { stream_chunk(chunk, formula); });
+  __syncthreads();
+  write_targets(held, chunk, targets, loss, numbers);
 }
 
 }  // namespace

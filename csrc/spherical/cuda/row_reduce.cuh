@@ -22,8 +22,8 @@ using StatisticOf = typename Accumulation<T>::type;
 
 // ---- how rows are cut -----------------------------------------------------------------------------------
 
-constexpr int kVectorsInFlight = 4;     // independent 16-byte loads of a thread
-constexpr int kMaximumThreads = 256;    // of a forward block
+constexpr int kVectorsInFlight = 4;                   // independent 16-byte loads of a thread
+constexpr int kMaximumThreads = 256;                  // of a forward block
 constexpr int64_t kFilledThreads = int64_t(1) << 17;  // 1024 on each of 128 multiprocessors
 constexpr int64_t kLongestPart = int64_t(1) << 26;    // columns; keeps offsets within a part in 32 bits
 constexpr int64_t kLargestGrid = (int64_t(1) << 31) - 1;
@@ -75,10 +75,14 @@ int for_each_row_slice(int64_t rows, const Launch& launch) {
 template <class Function>
 int with_element_type(DType dtype, const Function& f) {
   switch (dtype) {
-    case DType::float32: return f(float());
-    case DType::float64: return f(double());
-    case DType::bfloat16: return f(bfloat16());
-    case DType::float16: return f(float16());
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::bfloat16:
+      return f(bfloat16());
+    case DType::float16:
+      return f(float16());
   }
   return 0;
 }
@@ -189,20 +193,32 @@ PYOPS_DEVICE Real block_maximum(Real value, double* scratch) {
 
 PYOPS_DEVICE double read_number(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::float32: return static_cast<const float*>(data)[index];
-    case DType::float64: return static_cast<const double*>(data)[index];
-    case DType::bfloat16: return dev::widen(static_cast<const bfloat16*>(data)[index]);
-    case DType::float16: return dev::widen(static_cast<const float16*>(data)[index]);
+    case DType::float32:
+      return static_cast<const float*>(data)[index];
+    case DType::float64:
+      return static_cast<const double*>(data)[index];
+    case DType::bfloat16:
+      return dev::widen(static_cast<const bfloat16*>(data)[index]);
+    case DType::float16:
+      return dev::widen(static_cast<const float16*>(data)[index]);
   }
   return 0;
 }
 
 PYOPS_DEVICE void write_number(void* data, DType dtype, int64_t index, double value) {
   switch (dtype) {
-    case DType::float32: dev::narrow(value, static_cast<float*>(data)[index]); break;
-    case DType::float64: dev::narrow(value, static_cast<double*>(data)[index]); break;
-    case DType::bfloat16: dev::narrow(value, static_cast<bfloat16*>(data)[index]); break;
-    case DType::float16: dev::narrow(value, static_cast<float16*>(data)[index]); break;
+    case DType::float32:
+      dev::narrow(value, static_cast<float*>(data)[index]);
+      break;
+    case DType::float64:
+      dev::narrow(value, static_cast<double*>(data)[index]);
+      break;
+    case DType::bfloat16:
+      dev::narrow(value, static_cast<bfloat16*>(data)[index]);
+      break;
+    case DType::float16:
+      dev::narrow(value, static_cast<float16*>(data)[index]);
+      break;
   }
 }
 
@@ -288,7 +304,8 @@ PYOPS_DEVICE void for_each_finished_row(int64_t rows, int lanes, double (&totals
   const int group = int(threadIdx.x) / lanes, lane = int(threadIdx.x) % lanes;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) totals[c] = 0;
-  for (int64_t row = per_block * blockIdx.x + group; row < rows; row += per_block * gridDim.x) finish(row, lane, totals);
+  for (int64_t row = per_block * blockIdx.x + group; row < rows; row += per_block * gridDim.x)
+    finish(row, lane, totals);
   block_sum(totals, scratch);
 }
 

@@ -17,9 +17,8 @@
 // double about their common mean; row formulas in double. Never q/D - mean^2.
 //
 // Backward: see row_gradient.cuh; one fused multiply-add chain per element in float (double for float64).
-#include "spherical_loss.cuh"
-
 #include "row_gradient.cuh"
+#include "spherical_loss.cuh"
 
 namespace pyops {
 namespace {
@@ -28,12 +27,14 @@ constexpr int kLongestRun = 2048;
 
 PYOPS_DEVICE const char* out_of_range(SphericalLoss loss) {
   switch (loss) {
-    case SphericalLoss::z: return "pyops::z_loss: target must be in [0, classes) or ignore_index";
+    case SphericalLoss::z:
+      return "pyops::z_loss: target must be in [0, classes) or ignore_index";
     case SphericalLoss::taylor_softmax:
       return "pyops::taylor_softmax_loss: target must be in [0, classes) or ignore_index";
     case SphericalLoss::spherical_softmax:
       return "pyops::spherical_softmax_loss: target must be in [0, classes) or ignore_index";
-    case SphericalLoss::mse_onehot: return "pyops::mse_onehot_loss: target must be in [0, classes) or ignore_index";
+    case SphericalLoss::mse_onehot:
+      return "pyops::mse_onehot_loss: target must be in [0, classes) or ignore_index";
   }
   return "pyops::spherical_loss: target must be in [0, classes) or ignore_index";
 }
@@ -323,8 +324,8 @@ PYOPS_DEVICE TargetSums add_targets(const SphericalLossForward& f, int64_t row, 
                                     int lane, int lanes) {
   const LossRows& rows = f.rows;
   const T* logits = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-  StatisticOf<T>* gradients = static_cast<StatisticOf<T>*>(rows.statistics) +
-                              row * (kTargetGradient + rows.targets) + kTargetGradient;
+  StatisticOf<T>* gradients =
+      static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradient + rows.targets) + kTargetGradient;
   TargetSums own{};
   for (int64_t j = lane; j < rows.targets; j += lanes) {
     const Target target = read_target<T>(rows, row, j, out_of_range(f.options.loss));
@@ -374,9 +375,9 @@ PYOPS_DEVICE void write_result(const LossRows& rows, const double (&totals)[kCol
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(SphericalLossForward f, RowSplit split, int lanes, const RowMoments* partials, double* subtotals) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
+  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
   double totals[kColumns];
-  for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double(&sums)[kColumns]) {
+  for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double (&sums)[kColumns]) {
     finish_one_row<T>(f, split, partials, row, lane, lanes, sums);
   });
   if (threadIdx.x != 0) return;
@@ -388,7 +389,7 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
 }
 
 __global__ void __launch_bounds__(kTotalThreads) total_kernel(LossRows rows, const double* subtotals, int blocks) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps * kColumns);
+  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
   double totals[kColumns];
   sum_subtotals(subtotals, blocks, totals, scratch);
   if (threadIdx.x == 0) write_result(rows, totals);
@@ -449,8 +450,13 @@ struct SphericalGradient {
     const double upstream = read_number(g.grad_loss, g.grad_dtype, row * g.grad_stride);
     const double scale = upstream / g.normalizer[0];
     const bool zero = s[kSlope] == 0 && s[kShift] == 0 && s[kSmooth] == 0;
-    return {double(s[kCenter]), double(s[kInverseScale]), scale * s[kSlope], scale * s[kShift], scale * s[kSmooth],
-            scale, zero};
+    return {double(s[kCenter]),
+            double(s[kInverseScale]),
+            scale * s[kSlope],
+            scale * s[kShift],
+            scale * s[kSmooth],
+            scale,
+            zero};
   }
 
   template <class T>
@@ -478,16 +484,18 @@ template <class T, SphericalLoss kLoss>
 __global__ void __launch_bounds__(kGradientThreads, kLoss != SphericalLoss::z || sizeof(T) == 8 ? 2 : 3)
     gradient_kernel(SphericalLossBackward b, ColumnSplit split, int64_t first_row) {
   PYOPS_SHARED(SphericalNumbers, numbers, 1);
-  PYOPS_SHARED(int, marks, kMarks);
-  write_gradient<T>(b.rows, split, first_row + blockIdx.x, SphericalGradient<kLoss>{b}, numbers, marks);
+  write_gradient<T>(b.rows, split, first_row + blockIdx.x, SphericalGradient<kLoss>{b}, numbers);
 }
 
 template <class T>
 auto gradient_kernel_of(SphericalLoss loss) {
   switch (loss) {
-    case SphericalLoss::taylor_softmax: return gradient_kernel<T, SphericalLoss::taylor_softmax>;
-    case SphericalLoss::spherical_softmax: return gradient_kernel<T, SphericalLoss::spherical_softmax>;
-    default: return gradient_kernel<T, SphericalLoss::z>;
+    case SphericalLoss::taylor_softmax:
+      return gradient_kernel<T, SphericalLoss::taylor_softmax>;
+    case SphericalLoss::spherical_softmax:
+      return gradient_kernel<T, SphericalLoss::spherical_softmax>;
+    default:
+      return gradient_kernel<T, SphericalLoss::z>;
   }
 }
 
@@ -506,9 +514,8 @@ extern "C" int pyops_spherical_loss(const SphericalLossForward* arguments, void*
   const LossRows& rows = arguments->rows;
   const RowSplit split = split_rows(rows.rows, rows.classes, element_bytes(rows.dtype));
   const RowFinish finish = finish_rows(rows.rows, rows.targets, split.parts);
-  return with_element_type(rows.dtype, [&](auto element) {
-    return launch_forward<decltype(element)>(*arguments, split, finish, stream);
-  });
+  return with_element_type(
+      rows.dtype, [&](auto element) { return launch_forward<decltype(element)>(*arguments, split, finish, stream); });
 }
 
 extern "C" int pyops_spherical_loss_backward(const SphericalLossBackward* arguments, void* stream) {
@@ -518,8 +525,8 @@ extern "C" int pyops_spherical_loss_backward(const SphericalLossBackward* argume
   return with_element_type(b.rows.dtype, [&](auto element) {
     const auto kernel = gradient_kernel_of<decltype(element)>(b.loss);
     return for_each_row_slice(b.rows.rows, [&](int64_t first, int64_t count) {
-      return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.chunks)), dim3(unsigned(split.threads)), 0, stream,
-                          b, split, first);
+      return PYOPS_LAUNCH(kernel, dim3(unsigned(count), unsigned(split.chunks)), dim3(unsigned(split.threads)), 0,
+                          stream, b, split, first);
     });
   });
 }

@@ -8,10 +8,12 @@
 namespace pyops {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(
-    const Tensor& logits_in, const Tensor& target, const OptionalTensor& target_weight, const OptionalTensor& weight_in,
-    const std::string& loss_name, double a, double b, double eps, double label_smoothing, int64_t ignore_index,
-    int64_t reduction, bool safe_mean, std::optional<ScalarType> out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(const Tensor& logits_in, const Tensor& target,
+                                                       const OptionalTensor& target_weight,
+                                                       const OptionalTensor& weight_in, const std::string& loss_name,
+                                                       double a, double b, double eps, double label_smoothing,
+                                                       int64_t ignore_index, int64_t reduction, bool safe_mean,
+                                                       std::optional<ScalarType> out_dtype) {
   const SphericalOptions options = check_spherical_options(loss_name, a, b, eps, label_smoothing);
   const LossArguments arguments = check_loss_arguments(spherical_op_name(options.loss, false), logits_in, target,
                                                        target_weight, weight_in, label_smoothing, reduction, out_dtype);
@@ -19,18 +21,18 @@ std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(
   const CudaScope scope(logits_in);
   const Tensor logits = rows_dense(logits_in);
   const OptionalTensor weight = contiguous_or_none(weight_in);
-  Tensor loss = new_loss(arguments, logits, reduction, out_dtype);
-  Tensor statistics = torch::stable::new_empty(logits, {arguments.rows, kTargetGradient + arguments.targets},
-                                               statistics_scalar_type(arguments));
-  Tensor normalizer = torch::stable::new_empty(logits, {}, ScalarType::Double);
+  const ScalarType dtype = out_dtype.value_or(scalar_type_of(arguments.dtype));
+  Tensor loss = new_loss(arguments, logits, reduction, dtype);
+  Tensor statistics =
+      new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, statistics_scalar_type(arguments));
+  Tensor normalizer = new_tensor(logits, {}, ScalarType::Double);
   SphericalLossForward forward{
       loss_rows(arguments, logits, target, target_weight, weight, ignore_index, reduction, safe_mean), options};
-  Tensor workspace =
-      torch::stable::new_empty(logits, {pyops_spherical_loss_workspace(&forward)}, ScalarType::Double);
+  Tensor workspace = new_tensor(logits, {pyops_spherical_loss_workspace(&forward)}, ScalarType::Double);
   forward.rows.statistics = statistics.mutable_data_ptr();
   forward.rows.normalizer = static_cast<double*>(normalizer.mutable_data_ptr());
   forward.rows.loss = loss.mutable_data_ptr();
-  forward.rows.loss_dtype = check_floating(arguments.op, "loss", loss);
+  forward.rows.loss_dtype = dtype_of(dtype);
   forward.rows.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   check_launch(arguments.op, pyops_spherical_loss(&forward, scope.stream()));
   return {loss, statistics, normalizer};
@@ -47,10 +49,11 @@ LossArguments check_backward(SphericalLoss loss, const Tensor& grad_loss, const 
 void backward_into(const LossArguments& arguments, SphericalLoss loss, double eps, const Tensor& grad_loss,
                    const Tensor& logits, const Tensor& target, const Tensor& statistics_in, const Tensor& normalizer_in,
                    const Tensor& out, void* stream) {
-  const Tensor statistics = torch::stable::contiguous(statistics_in);
-  const Tensor normalizer = torch::stable::contiguous(normalizer_in);
+  const Tensor statistics = as_contiguous(statistics_in);
+  const Tensor normalizer = as_contiguous(normalizer_in);
+  const OptionalTensor originals = new_originals(arguments, logits);
   const SphericalLossBackward backward{
-      gradient_rows(arguments, grad_loss, logits, target, statistics, normalizer, out), loss, eps};
+      gradient_rows(arguments, grad_loss, logits, target, statistics, normalizer, out, originals), loss, eps};
   check_launch(arguments.op, pyops_spherical_loss_backward(&backward, stream));
 }
 
@@ -61,7 +64,7 @@ Tensor spherical_loss_backward_cuda(const Tensor& grad_loss, const Tensor& logit
   const LossArguments arguments = check_backward(loss, grad_loss, logits_in, target, statistics, normalizer);
   const CudaScope scope(logits_in);
   const Tensor logits = rows_dense(logits_in);
-  Tensor out = torch::stable::new_empty(logits, {arguments.rows, arguments.classes});
+  Tensor out = new_tensor(logits, {arguments.rows, arguments.classes}, scalar_type_of(arguments.dtype));
   backward_into(arguments, loss, eps, grad_loss, logits, target, statistics, normalizer, out, scope.stream());
   return out;
 }
