@@ -52,7 +52,7 @@ struct ExponentialSums {
   using Real = RealOf<T>;
   const T* weight;  // class weights of the columns that are read; Smoothing::weighted only
   Real maximum = -Real(HUGE_VAL);
-  Real shift = -Real(HUGE_VAL);  // between maximum - kHeadroom and maximum
+  Real shift = -Real(HUGE_VAL);  // from maximum - kHeadroom to maximum
   Real sum = 0;                  // of exp(o - shift), over `count` elements
   double total = 0;              // the same, over all earlier ones
   double weighted_sum = 0;
@@ -85,8 +85,9 @@ struct ExponentialSums {
 #pragma unroll
       for (int b = 0; b < width; ++b) vector_sum += exponential<T>(o[a][b] - finite_shift);
       sum += vector_sum;
-      if constexpr (kSmoothing != Smoothing::none)
+      if constexpr (kSmoothing != Smoothing::none) {
         weighted_sum += sum_of_weighted(o[a], elements, highest, column + a * step);
+      }
     }
     count += kA * elements;
     if (count >= kLongestRun) {
@@ -146,6 +147,7 @@ PYOPS_DEVICE RowExponentials merge_in_block(const ExponentialSums<T, kSmoothing>
 // ---- forward --------------------------------------------------------------------------------------------
 
 constexpr int kColumns = 4;  // of the row results: loss, row weight, regulariser, rows that count
+constexpr int kFinishScratch = kMaximumWarps * kColumns;
 
 struct Workspace {
   RowExponentials* partials;  // rows x parts
@@ -279,7 +281,7 @@ PYOPS_DEVICE void write_result(const CrossEntropyForward& f, const double (&tota
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(CrossEntropyForward f, RowSplit split, int lanes, Workspace workspace) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
+  PYOPS_SHARED(double, scratch, kFinishScratch);
   double totals[kColumns];
   for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double (&sums)[kColumns]) {
     finish_one_row<T>(f, split, workspace, row, lane, lanes, sums);
@@ -294,7 +296,7 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
 
 __global__ void __launch_bounds__(kTotalThreads)
     total_kernel(CrossEntropyForward f, const double* subtotals, int blocks) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
+  PYOPS_SHARED(double, scratch, kFinishScratch);
   double totals[kColumns];
   sum_subtotals(subtotals, blocks, totals, scratch);
   if (threadIdx.x == 0) write_result(f, totals);

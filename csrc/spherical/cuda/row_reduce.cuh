@@ -22,6 +22,10 @@ using StatisticOf = typename Accumulation<T>::type;
 
 // ---- how rows are cut -----------------------------------------------------------------------------------
 
+// Kernels say with __launch_bounds__(threads, 3) or (threads, 2) how many blocks of 256 threads a multiprocessor must
+// be able to hold: 768 threads with four loads of 16 bytes each are 48 KiB in flight, several times what an H100 needs
+// to hide the latency of its memory (13 bytes per clock and multiprocessor, about 900 clocks). A bound without the
+// second number lets the compiler aim for more blocks and spill.
 constexpr int kVectorsInFlight = 4;                   // independent 16-byte loads of a thread
 constexpr int kMaximumThreads = 256;                  // of a forward block
 constexpr int64_t kFilledThreads = int64_t(1) << 17;  // 1024 on each of 128 multiprocessors
@@ -304,8 +308,9 @@ PYOPS_DEVICE void for_each_finished_row(int64_t rows, int lanes, double (&totals
   const int group = int(threadIdx.x) / lanes, lane = int(threadIdx.x) % lanes;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) totals[c] = 0;
-  for (int64_t row = per_block * blockIdx.x + group; row < rows; row += per_block * gridDim.x)
+  for (int64_t row = per_block * blockIdx.x + group; row < rows; row += per_block * gridDim.x) {
     finish(row, lane, totals);
+  }
   block_sum(totals, scratch);
 }
 

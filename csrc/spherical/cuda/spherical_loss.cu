@@ -4,13 +4,12 @@
 // softmax kinds, sum log n(o). ../spherical_loss_formula.h turns them into the loss and into `statistics`, from
 // which the backward is an elementwise function of o.
 //
-// Forward tiling: a block streams one row, or one part of a row (grid.y) when rows are few and long; split_rows
-// decides. The first warp of the block that has the whole row then reads the targets and writes loss, statistics
-// and row weight; split rows get there through merge_kernel, whose one warp per row merges the parts in order. A
-// last kernel reduces over rows and writes `loss` and `normalizer`.
+// Forward tiling: moments_kernel gives a block one row, or one part of a row (grid.y) when rows are few and long
+// (split_rows decides), and streams it once; finish_kernel merges the parts of each row in order and does the per-row
+// work; total_kernel adds the subtotals of its blocks when there are several.
 //
-// Ownership: a thread owns the vectors column = (thread + i * threads) * width of its part; statistics of a row
-// belong to the warp that finishes it; partials[row][part], row_results[column][row] are written by one thread.
+// Ownership: a thread owns the vectors column = (thread + i * threads) * width of its part; partials[row][part] is
+// written by thread 0 of its block; statistics and loss of a row by the thread or warp that finishes it.
 //
 // Precision: per thread sums of d = o - shift and d^2 in float (double for float64 logits) over at most kLongestRun
 // elements, with a shift that follows the data; runs are merged in double by Chan's formula, threads and parts in
@@ -169,18 +168,26 @@ struct MomentSums {
       if (!sum_log<T>(bits, elements, options, logs)) logs = sum_log_one_by_one(kA, elements, column, step);
       log_sum += logs;
     }
+    constexpr Real safe_share = Real(0.8);
+    const int n = kA * elements;
     Real d_sum, d_squares;
     shifted_sums<T>(bits, elements, shift, d_sum, d_squares);
     const Real new_sum = sum + d_sum, new_squares = squares + d_squares;
-    const int new_count = count + kA * elements;
-    const bool safe = new_sum * new_sum <= Real(0.8) * Real(new_count) * new_squares;
+    const int new_count = count + n;
+    const bool safe = new_sum * new_sum <= safe_share * Real(new_count) * new_squares;
     if (safe && new_count <= kLongestRun && in_range(new_squares, new_count, bits, elements)) {
       sum = new_sum;
       squares = new_squares;
       count = new_count;
-    } else {
-      end_run(kA, elements, column, step);
+      return;
     }
+    // A run that is merely long ends before these elements, and they start the next one about the same shift.
+    const bool long_only = d_sum * d_sum <= safe_share * Real(n) * d_squares && in_range(d_squares, n, bits, elements);
+    end_run(long_only ? 0 : kA, elements, column, step);
+    if (!long_only) return;
+    sum = d_sum;
+    squares = d_squares;
+    count = n;
   }
 
   // Adds the run to the total and then the elements x[column + a * step + b], if any, taken in double.
@@ -264,6 +271,7 @@ PYOPS_DEVICE RowMoments merge_in_block(double count, const RowMoments& own, doub
 // ---- forward --------------------------------------------------------------------------------------------
 
 constexpr int kColumns = 2;  // of the row results: loss, row weight
+constexpr int kFinishScratch = kMaximumWarps * kColumns;
 
 struct Workspace {
   RowMoments* partials;  // rows x parts
@@ -375,7 +383,7 @@ PYOPS_DEVICE void write_result(const LossRows& rows, const double (&totals)[kCol
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 4)
     finish_kernel(SphericalLossForward f, RowSplit split, int lanes, const RowMoments* partials, double* subtotals) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
+  PYOPS_SHARED(double, scratch, kFinishScratch);
   double totals[kColumns];
   for_each_finished_row(f.rows.rows, lanes, totals, scratch, [&](int64_t row, int lane, double (&sums)[kColumns]) {
     finish_one_row<T>(f, split, partials, row, lane, lanes, sums);
@@ -389,7 +397,7 @@ __global__ void __launch_bounds__(kFinishThreads, 4)
 }
 
 __global__ void __launch_bounds__(kTotalThreads) total_kernel(LossRows rows, const double* subtotals, int blocks) {
-  PYOPS_SHARED(double, scratch, kMaximumWarps* kColumns);
+  PYOPS_SHARED(double, scratch, kFinishScratch);
   double totals[kColumns];
   sum_subtotals(subtotals, blocks, totals, scratch);
   if (threadIdx.x == 0) write_result(rows, totals);
