@@ -82,7 +82,6 @@ class Case:
     gate: str
     bytes: int
     build: Callable[[Case, bool], Prepared] = field(compare=False, repr=False)
-    flops: int = 0
 
     @property
     def name(self) -> str:
@@ -160,21 +159,17 @@ def _seconds(run: Callable[[], object], repeats: int, clock: Callable[[], float]
     return best
 
 
-def _flat_words(tensor: torch.Tensor) -> numpy.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
 def memory_probes(tensor: torch.Tensor, threads: int) -> dict[str, Timed]:
     """What the memory can do with ``tensor``: "copy" into an existing buffer (the better of torch and numpy),
-    "clone" into fresh memory (page faults included, like an op that allocates its output), "read"."""
+    "clone" into fresh memory (page faults included, like an op that allocates its output), "read" (as integers:
+    float16 bits read as float32 would hit denormals)."""
     buffer = torch.empty_like(tensor)
-    source, destination = _flat_words(tensor), _flat_words(buffer)
-    words = tensor.reshape(-1).view(torch.uint8)
-    words = words[: words.numel() // 4 * 4].view(torch.float32)
+    source, destination = (values.reshape(-1).view(torch.uint8) for values in (tensor, buffer))
+    words = source[: source.numel() // 8 * 8].view(torch.int64)
     candidates = {
-        "copy": [lambda: buffer.copy_(tensor), lambda: numpy.copyto(destination, source)],
+        "copy": [lambda: buffer.copy_(tensor), lambda: numpy.copyto(destination.numpy(), source.numpy())],
         "clone": [tensor.clone],
-        "read": [lambda: torch.dot(words, words), lambda: words.sum()],
+        "read": [lambda: words.sum(), lambda: numpy.maximum.reduce(words.numpy())],
     }
     clock = timer(threads)
     chosen = {}
@@ -190,18 +185,18 @@ PROBE_BYTES = {"copy": 2, "clone": 2, "read": 1}  # times the size of the tensor
 
 
 def machine_probes(threads: int) -> dict[str, float]:
-    """Bytes per second of the memory probes on 256 MiB and FLOP per second of float32 and bfloat16 GEMM."""
-    torch.set_num_threads(threads)
+    """Bytes per second of the memory probes on 256 MiB, FLOP per second of float32 and bfloat16 GEMM at 1024."""
     clock = timer(threads)
-    tensor = torch.ones(64 << 20)
     found = {}
-    for name, probe in memory_probes(tensor, threads).items():
-        found[f"{name}_bytes_per_s"] = PROBE_BYTES[name] * (256 << 20) / _seconds(lambda p=probe: p.run(None), 5, clock)
-    size = 1024
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, size, size).to(dtype)
-        name = str(dtype).removeprefix("torch.")
-        found[f"gemm_{name}_flop_per_s"] = 2 * size**3 / _seconds(lambda a=a, b=b: a @ b, 6, clock)
+    with _quiet(threads):
+        tensor = torch.ones(64 << 20)
+        for name, probe in memory_probes(tensor, threads).items():
+            seconds = _seconds(lambda probe=probe: probe.run(None), 5, clock)
+            found[f"{name}_bytes_per_s"] = PROBE_BYTES[name] * tensor.nbytes / seconds
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = torch.randn(2, 1024, 1024).to(dtype)
+            seconds = _seconds(lambda a=a, b=b: a @ b, 6, clock)
+            found[f"gemm_{str(dtype).removeprefix('torch.')}_flop_per_s"] = 2 * 1024**3 / seconds
     return found
 
 
@@ -348,7 +343,6 @@ def _row(case: Case, prepared: Prepared, times: list[float], compared: dict) -> 
         "rival_median": rivals[best]["seconds"] if best else None,
         "speedup": rivals[best]["ratio"] if best else None,
         "bytes": case.bytes,
-        "flops": case.flops,
         "fraction": _fractions(case, compared),
     }
 
@@ -395,6 +389,8 @@ def judge(case: Case, row: dict, floors: dict) -> Verdict:
     if entry is None:
         return Verdict("inform", f"{case.name}: no floor")
     ratio = row["references"][case.gate]["ratio"]
+    if entry["floor"] is None:
+        return Verdict("inform", f"{case.name}: {ratio:.3f}x {case.gate}, was too unsteady for a floor")
     holds = ratio >= entry["floor"]
     text = f"{case.name}: {ratio:.3f}x {case.gate}, floor {entry['floor']:.3f} (median {entry['median']:.3f})"
     if foreign(floors):
@@ -415,11 +411,13 @@ def measure_gated(case: Case, floors: dict, drive=drive_plainly) -> tuple[dict, 
 
 
 def floor_entry(reference: str, ratios: list[float]) -> dict:
-    """The ratio that a change must not fall below: the median less 10 % or three times the spread that was seen."""
+    """The ratio that a change must not fall below: the median less 10 % or three times the spread that was seen.
+    None where the spread would hide a kernel slowed by 30 %: such a floor would only look like a gate."""
     middle = statistics.median(ratios)
     spread = (max(ratios) - min(ratios)) / middle
-    floor = middle * (1 - max(0.10, 3 * spread))
-    return {"reference": reference, "median": round(middle, 4), "spread": round(spread, 4), "floor": round(floor, 4)}
+    margin = max(0.10, 3 * spread)
+    floor = round(middle * (1 - margin), 4) if 1 - margin > 1 / 1.3 else None
+    return {"reference": reference, "median": round(middle, 4), "spread": round(spread, 4), "floor": floor}
 
 
 def take_floors(runs: int, text: str) -> dict:
@@ -511,8 +509,7 @@ def main() -> None:
         floors = take_floors(arguments.runs, arguments.filter)
         FLOORS.write_text(json.dumps(floors, indent=1) + "\n")
         for name, entry in floors["cases"].items():
-            blind = "  (cannot see a kernel slowed by 30 %)" if entry["floor"] < entry["median"] / 1.3 else ""
-            print(f"{name}: {entry}{blind}")
+            print(f"{name}: {entry}" + ("  too unsteady to gate" if entry["floor"] is None else ""))
         return
     rows = _run(arguments)
     if arguments.json:

@@ -392,14 +392,14 @@ def layouts(tensor: Tensor, *, written: bool = False) -> Iterator[tuple[str, Ten
         yield f"every second along {dim}", placed(tensor, doubled, lambda t, steps=steps: t[tuple(steps)])
         yield f"padded along {dim}", placed(tensor, doubled, lambda t, dim=dim, size=size: t.narrow(dim, 1, size))
         yield f"flipped along {dim}", tensor.flip(dim)
-        if not written:
+        if size and not written:
             yield f"expanded along {dim}", tensor.narrow(dim, 0, 1).expand(shape)
     for order in itertools.islice(itertools.permutations(range(tensor.dim())), 1, 6):
         inverse = [order.index(dim) for dim in range(tensor.dim())]
         yield f"stored as {order}", tensor.permute(order).contiguous().permute(inverse)
     if tensor.dim() == 4:
         yield "channels last", tensor.contiguous(memory_format=torch.channels_last)
-    if tensor.dim() > 1 and not written:
+    if tensor.dim() > 1 and tensor.numel() and not written:
         yield "overlapping rows", tensor.reshape(-1).as_strided(shape, [1] * tensor.dim())
     if tensor.is_floating_point() and not written:
         yield "negative bit", torch._neg_view(-tensor)
@@ -477,7 +477,8 @@ def in_fresh_process(script: str, *arguments: object, timeout: float = 180, **en
         timeout=timeout,
         check=False,
         cwd=TESTS,
-        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))}
+        | environment,
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -550,11 +551,12 @@ def test_accuracy(function, variant, dtype, backend):
 @on_every_backend
 def test_sizes_one_prime_and_around_tiles(function, backend, count_cases):
     cases = 0
+    kinds = ((function.per_row, torch.float32), (function.full, torch.bfloat16))
     for size, values in function.edges.items():
         for value in values:
-            if is_slow(backend) and value > 100:
+            if is_slow(backend) and value > 70:
                 continue
-            for variant, dtype in ((function.per_row, torch.float32), (function.full, torch.bfloat16)):
+            for variant, dtype in kinds[:1] if is_slow(backend) else kinds:
                 sizes = {**function.sizes, size: value}
                 call = on_device(function.make(variant, dtype, seed=value, **sizes), backend)
                 check_accuracy(function, call, f"{size} = {value}, {variant}")
@@ -798,7 +800,7 @@ def test_empty_dimensions(function, variant, backend, count_cases):
             if name.startswith("gradient") and not expected[name].any():
                 assert not tensor.any(), f"{sizes} {name}"
             else:
-                assert_accurate(tensor, tensor, expected[name], f"{sizes} {name}")
+                assert_accurate(tensor, tensor, expected[name], f"{sizes} {name}", torch.float32)
     count_cases(len(empties))
 
 
@@ -1100,7 +1102,7 @@ def small(function: Function, variant: str, dtype: torch.dtype = torch.float64) 
 def test_gradcheck(function, variant, backend):
     run, values = loss_of(function, on_device(small(function, variant), backend))
     leaves = tuple(value.clone().requires_grad_() for value in values)
-    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=is_slow(backend))
 
 
 @pytest.mark.row("R20")

@@ -16,7 +16,7 @@
 
 namespace pyops {
 
-// Columns of `statistics` (m x (kTargetGradientCe + K)).
+// Columns of `statistics` (m x (kTargetGradientCe + K)), float64 as in spherical_loss_formula.h.
 enum CrossEntropyStatistics : int { kMaximum = 0, kSlopeCe, kZSlope, kSmoothCe, kTargetGradientCe };
 
 struct CrossEntropyOptions {
@@ -43,34 +43,36 @@ struct CrossEntropyPartials {
   double loss, slope, target_weight;
 };
 
-// Adds one target: `omega` is target weight times class weight. Returns its target gradient.
+// Adds one target: `omega` is target weight times class weight. Returns its target gradient. With one class the
+// softmax is 1 whatever the logit: the gradient is exactly 0, not the difference of rounded equal terms.
 PYOPS_HOST_DEVICE static inline double add_target(const CrossEntropyOptions& options, const RowExponentials& row,
-                                                  double log_sum, double o, double target_weight, double omega,
-                                                  CrossEntropyPartials& partials) {
+                                                  double log_sum, double classes, double o, double target_weight,
+                                                  double omega, CrossEntropyPartials& partials) {
   const double share = (1 - options.label_smoothing) * omega;
   partials.target_weight += target_weight;
   if (omega == 0) return 0;  // a class of weight 0 adds nothing, whatever its logit
   partials.loss += share * ((row.maximum - o) + log_sum);
+  if (classes == 1) return 0;
   partials.slope += share;
   return -share;
 }
 
 // Completes a row after its targets; writes its four statistics and returns lambda * lse^2.
-template <class Statistic>
 PYOPS_HOST_DEVICE static inline double finish_row(const CrossEntropyOptions& options, const RowExponentials& row,
                                                   double log_sum, double classes, double class_weight_sum,
-                                                  CrossEntropyPartials& partials, Statistic* statistics) {
+                                                  CrossEntropyPartials& partials, double* statistics) {
   const double lse = row.maximum + log_sum;
-  const double smooth = options.label_smoothing == 0 ? 0 : options.label_smoothing / classes * partials.target_weight;
+  const bool smoothing = options.label_smoothing != 0 && classes != 1;
+  const double smooth = smoothing ? options.label_smoothing / classes * partials.target_weight : 0;
   if (smooth != 0) {
     partials.loss += smooth * (lse * class_weight_sum - row.weighted_sum);
     partials.slope += smooth * class_weight_sum;
   }
   const double lambda = options.lse_square_scale;
-  statistics[kMaximum] = Statistic(row.maximum);  // exact: a maximum of values of a narrower type
-  statistics[kSlopeCe] = Statistic(partials.slope / row.sum);
-  statistics[kZSlope] = lambda == 0 ? Statistic(0) : Statistic(2 * lambda * lse / row.sum);
-  statistics[kSmoothCe] = Statistic(smooth);
+  statistics[kMaximum] = row.maximum;
+  statistics[kSlopeCe] = partials.slope / row.sum;
+  statistics[kZSlope] = lambda == 0 ? 0 : 2 * lambda * lse / row.sum;
+  statistics[kSmoothCe] = smooth;
   return lambda == 0 ? 0 : lambda * lse * lse;
 }
 

@@ -20,8 +20,7 @@ LossArguments check_logits_target(const char* op, const Tensor& logits, const Te
   PYOPS_CHECK((target.dim() == 1 || target.dim() == 2) && target.size(0) == rows, op, "target",
               "have shape [" + std::to_string(rows) + "] or [" + std::to_string(rows) + ", targets per row]",
               shape_name(target));
-  const DType statistics = dtype == DType::float64 ? DType::float64 : DType::float32;
-  return {op, rows, classes, target.dim() == 2 ? target.size(1) : 1, dtype, statistics};
+  return {op, rows, classes, target.dim() == 2 ? target.size(1) : 1, dtype};
 }
 
 bool same_shape(const Tensor& left, const Tensor& right) {
@@ -80,9 +79,7 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
               "have shape [] or [" + std::to_string(arguments.rows) + "]", shape_name(grad_loss));
   check_strided(op, "statistics", statistics);
   check_device(op, "statistics", statistics, logits);
-  const ScalarType statistics_dtype = statistics_scalar_type(arguments);
-  PYOPS_CHECK(is_dtype(statistics, statistics_dtype), op, "statistics", "be " + dtype_name(statistics_dtype),
-              dtype_name(statistics));
+  PYOPS_CHECK(is_dtype(statistics, ScalarType::Double), op, "statistics", "be float64", dtype_name(statistics));
   const int64_t width = columns + arguments.targets;
   PYOPS_CHECK(statistics.dim() == 2 && statistics.size(0) == arguments.rows && statistics.size(1) == width, op,
               "statistics", "have shape [" + std::to_string(arguments.rows) + ", " + std::to_string(width) + "]",
@@ -128,7 +125,5 @@ void check_rows_distinct(const LossArguments& arguments, const Tensor& logits) {
   PYOPS_CHECK(distinct, arguments.op, "logits", "not overlap in memory when its gradient is written in place",
               "strides [", logits.stride(0), ", ", logits.stride(1), "]");
 }
-
-ScalarType statistics_scalar_type(const LossArguments& arguments) { return scalar_type_of(arguments.statistics_dtype); }
 
 }  // namespace pyops

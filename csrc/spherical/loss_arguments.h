@@ -12,8 +12,7 @@ enum Reduction : int64_t { kReductionNone = 0, kReductionMean = 1, kReductionSum
 struct LossArguments {
   const char* op;  // the public name, for messages
   int64_t rows, classes, targets;
-  DType dtype;             // of logits
-  DType statistics_dtype;  // float64 for float64 logits, else float32
+  DType dtype;  // of logits
 };
 
 LossArguments check_loss_arguments(const char* op, const Tensor& logits, const Tensor& target,
@@ -39,7 +38,5 @@ SphericalOptions check_spherical_options(const std::string& loss, double a, doub
 
 // Rows of logits that share memory cannot be overwritten by their gradient.
 void check_rows_distinct(const LossArguments& arguments, const Tensor& logits);
-
-ScalarType statistics_scalar_type(const LossArguments& arguments);
 
 }  // namespace pyops

@@ -18,7 +18,8 @@ namespace pyops {
 
 enum class SphericalLoss : int { z = 0, taylor_softmax = 1, spherical_softmax = 2, mse_onehot = 3 };
 
-// Columns of `statistics` (m x (kTargetGradient + K)).
+// Columns of `statistics` (m x (kTargetGradient + K)), float64 whatever the logits: at a confident target, or with
+// one or two classes, the row numbers cancel, and in float32 their rounding would be all that is left.
 enum SphericalStatistics : int { kCenter = 0, kInverseScale, kSlope, kShift, kSmooth, kTargetGradient };
 
 struct SphericalOptions {
@@ -81,7 +82,9 @@ PYOPS_HOST_DEVICE static inline double inverse_scale(const SphericalOptions& opt
                                                      double classes) {
   if (options.loss != SphericalLoss::z) return 1;
   const double sigma = sqrt(row.m2 / classes + options.eps);
-  return sigma == 0 ? 0 : 1 / sigma;  // equal logits and eps = 0: loss softplus(a b)/a, gradient 0
+  // Equal logits and eps = 0: loss softplus(a b)/a, gradient 0. One class: z is 0 whatever its logit, so this is
+  // exact, where 1/sigma = 1/sqrt(eps) would leave the rounding of two equal terms of 1e6.
+  return sigma == 0 || classes == 1 ? 0 : 1 / sigma;
 }
 
 // Adds one target of weight `omega` (target_weight * class weight) and logit `o` to the row's partials;
@@ -107,7 +110,7 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double n = unnormalised(options.loss, o, options.eps);
       partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
       partials.slope += omega / total;
-      partials.shift += omega * (1 + mean) / total;
+      partials.shift += omega / total;
       partials.smooth -= omega * smoothing / classes;
       return -omega * keep * (1 + o) / n;
     }
@@ -116,7 +119,6 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double n = unnormalised(options.loss, o, options.eps);
       partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
       partials.slope += 2 * omega / total;
-      partials.shift += 2 * omega * mean / total;
       partials.smooth -= omega * smoothing / classes;
       return -2 * omega * keep * o / n;
     }
@@ -126,24 +128,26 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes;
       partials.loss += omega * (squares - 2 * (keep * o + smoothing * mean) + target_squares);
       partials.slope += 2 * omega;
-      partials.shift += 2 * omega * (mean - smoothing / classes);
+      partials.shift -= 2 * omega * smoothing / classes;
       return -2 * omega * keep;
     }
   }
   return 0;
 }
 
-// Writes the five row numbers. The centre is rounded to the statistics type; what that rounding loses of the
-// mean goes into the shift, so that an offset of 1e4 on float32 logits costs no accuracy.
-template <class Statistic>
-PYOPS_HOST_DEVICE static inline void write_row(Statistic* statistics, const RowMoments& row, double scale,
-                                               const RowPartials& partials) {
-  const Statistic center = Statistic(row.mean);
+// Writes the five row numbers. Only the Z-loss subtracts a centre, the mean, rounded to the type Real that the
+// backward computes in; what that rounding loses goes into the shift, so that an offset of 1e4 on float32 logits
+// costs no accuracy.
+template <class Real>
+PYOPS_HOST_DEVICE static inline void write_row(const SphericalOptions& options, double* statistics,
+                                               const RowMoments& row, double scale, const RowPartials& partials) {
+  const double mean = options.loss == SphericalLoss::z ? row.mean : 0;
+  const double center = double(Real(mean));
   statistics[kCenter] = center;
-  statistics[kInverseScale] = Statistic(scale);
-  statistics[kSlope] = Statistic(partials.slope);
-  statistics[kShift] = Statistic(partials.shift - partials.slope * ((row.mean - double(center)) * scale));
-  statistics[kSmooth] = Statistic(partials.smooth);
+  statistics[kInverseScale] = scale;
+  statistics[kSlope] = partials.slope;
+  statistics[kShift] = partials.shift - partials.slope * ((mean - center) * scale);
+  statistics[kSmooth] = partials.smooth;
 }
 
 }  // namespace pyops

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyops._autograd import reject
-from pyops.spherical.reference import SPHERICAL_LOSSES, accumulation_dtype
+from pyops.spherical.reference import SPHERICAL_LOSSES
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING_RULE = "be float32, float64, bfloat16 or float16"
@@ -96,8 +96,8 @@ def backward(op, grad_loss, logits, target, statistics, normalizer, columns: int
         reject(op, "grad_loss", f"have shape [] or [{rows}]", _shape(grad_loss))
     _strided(op, "statistics", statistics)
     _device(op, "statistics", statistics, logits)
-    if statistics.dtype != accumulation_dtype(logits.dtype):
-        reject(op, "statistics", f"be {_name(accumulation_dtype(logits.dtype))}", _name(statistics.dtype))
+    if statistics.dtype != torch.float64:
+        reject(op, "statistics", "be float64", _name(statistics.dtype))
     width = columns + targets
     if statistics.dim() != 2 or statistics.shape[0] != rows or statistics.shape[1] != width:
         reject(op, "statistics", f"have shape [{rows}, {width}]", _shape(statistics))

@@ -47,7 +47,7 @@ def _fake(
     return (
         logits.new_empty(shape, dtype=out_dtype or logits.dtype),
         logits.new_empty(shape, dtype=out_dtype or logits.dtype),
-        logits.new_empty((rows, _COLUMNS + targets), dtype=reference.accumulation_dtype(logits.dtype)),
+        logits.new_empty((rows, _COLUMNS + targets), dtype=torch.float64),
         logits.new_empty((2,), dtype=torch.float64),
     )
 

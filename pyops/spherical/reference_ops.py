@@ -62,7 +62,7 @@ def spherical_loss(
     scale, smooth, log_sum = torch.ones_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
     if loss == "z":
         sigma = (squares / classes + eps).sqrt()
-        scale = torch.where(sigma == 0, torch.zeros_like(sigma), 1 / sigma)
+        scale = torch.where((sigma == 0) | (classes == 1), torch.zeros_like(sigma), 1 / sigma)
         z = (chosen - mean) * scale
         u = a * (b - keep * z)
         rho = omega * keep * torch.sigmoid(u)
@@ -75,7 +75,7 @@ def spherical_loss(
         total = squares + classes * mean.square()
         terms = omega * (total - 2 * (keep * chosen + label_smoothing * mean) + constant)
         slope = 2 * omega.sum(1, keepdim=True)
-        shift = slope * (mean - label_smoothing / classes)
+        shift = -slope * label_smoothing / classes
         target_gradient = -2 * omega * keep
     else:
         taylor = loss == "taylor_softmax"
@@ -90,16 +90,18 @@ def spherical_loss(
         terms = omega * (total.log() - keep * n.log() - label_smoothing / classes * log_sum)
         weights = omega.sum(1, keepdim=True)
         slope = weights / total * (1 if taylor else 2)
-        shift = weights * (1 + mean if taylor else 2 * mean) / total
+        shift = weights / total if taylor else torch.zeros_like(total)
         smooth = -weights * label_smoothing / classes
         target_gradient = -omega * keep * (1 + chosen if taylor else 2 * chosen) / n
     rows = torch.where(omega == 0, torch.zeros_like(terms), terms).sum(1)
     target_gradient = torch.where(omega == 0, torch.zeros_like(omega), target_gradient)
     wide = accumulation_dtype(logits.dtype)
-    center = mean.to(wide).double()
-    shift = shift - slope * ((mean - center) * scale)
+    center = torch.zeros_like(mean)
+    if loss == "z":  # what rounding the mean loses goes into the shift
+        center = mean.to(wide).double()
+        shift = shift - slope * ((mean - center) * scale)
     statistics = torch.cat([center, scale, slope, shift, smooth, target_gradient], 1)
-    statistics = torch.where(ignored, torch.zeros_like(statistics), statistics).to(wide)
+    statistics = torch.where(ignored, torch.zeros_like(statistics), statistics)
     divisor = _divisor(row_weight.sum(), reduction, safe_mean)
     return _reduced(rows, reduction, divisor, out_dtype or logits.dtype), statistics, divisor
 
@@ -150,9 +152,11 @@ def cross_entropy(
     share = (1 - label_smoothing) * omega
     losses = share * ((maximum - o.gather(1, index)) + log_sum)
     rows = torch.where(omega == 0, torch.zeros_like(losses), losses).sum(1)
+    if classes == 1:
+        share = torch.zeros_like(share)  # the softmax is 1 whatever the logit
     slope = share.sum(1, keepdim=True)
     smooth = torch.zeros_like(slope)
-    if label_smoothing:
+    if label_smoothing and classes > 1:
         smooth = label_smoothing / classes * own.sum(1, keepdim=True)
         rows = rows + (smooth * (class_weight * (lse - o)).sum(1, keepdim=True)).squeeze(1)
         slope = slope + smooth * class_weight.expand_as(o).sum(1, keepdim=True)
@@ -172,7 +176,7 @@ def cross_entropy(
     return (
         _reduced(combined, reduction, divisor[0], dtype),
         _reduced(z_rows, reduction, divisor[1], dtype),
-        statistics.to(accumulation_dtype(logits.dtype)),
+        statistics,
         divisor,
     )
 

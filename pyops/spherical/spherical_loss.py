@@ -50,7 +50,7 @@ def _fake(
     rows = logits.shape[0]
     return (
         logits.new_empty((rows,) if reduction == 0 else (), dtype=out_dtype or logits.dtype),
-        logits.new_empty((rows, _COLUMNS + targets), dtype=reference.accumulation_dtype(logits.dtype)),
+        logits.new_empty((rows, _COLUMNS + targets), dtype=torch.float64),
         logits.new_empty((), dtype=torch.float64),
     )
 

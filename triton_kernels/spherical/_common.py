@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pyops._autograd import reject
-from pyops.spherical.reference import accumulation_dtype
 
 REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -413,7 +412,7 @@ def allocate_outputs(logits: Tensor, plan: Plan, width: int, reduction: int, out
     return Outputs(
         loss=loss,
         z_term=torch.empty_like(loss) if z_term else None,
-        statistics=logits.new_empty((rows, width), dtype=accumulation_dtype(logits.dtype)),
+        statistics=logits.new_empty((rows, width), dtype=torch.float64),
         normalizer=logits.new_ones((2,) if z_term else (), dtype=torch.float64),
         block_sums=logits.new_empty(
             (4 if z_term else 2, 0 if reduction == REDUCE_NONE else plan.finish_blocks), dtype=torch.float64

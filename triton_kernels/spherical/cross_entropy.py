@@ -217,6 +217,7 @@ def finish_rows(
         share = tl.where(counts, (1 - label_smoothing) * (own * class_weight), 0.0)
         # A class of weight 0 adds nothing, whatever its logit.
         row_loss += tl.where(share == 0, 0.0, share * ((maximum - o) + log_sum))
+        share = tl.where(classes == 1, 0.0, share)  # one class: the softmax is 1 whatever the logit
         slope += share
         target_weights += tl.where(counts, own, 0.0)
         class_weights += class_weight
@@ -267,7 +268,7 @@ def logits_gradient(
     scale = upstream / tl.load(normalizer)
     z_scale = upstream / tl.load(normalizer + 1)
     numbers = statistics + row * statistics_stride
-    maximum = tl.load(numbers + MAXIMUM, mask=there, other=0)
+    maximum = tl.load(numbers + MAXIMUM, mask=there, other=0).to(ACCUMULATOR)
     slope = scaled_statistic(tl.load(numbers + SLOPE, mask=there, other=0), scale, tl.float64)
     z_slope = scaled_statistic(tl.load(numbers + Z_SLOPE, mask=there, other=0), z_scale, tl.float64)
     slope = (slope + z_slope).to(ACCUMULATOR)

@@ -121,17 +121,17 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
         target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes
         loss = omega * (m2 + classes * mean * mean - 2 * (keep * o + smoothing * mean) + target_squares)
         slope = 2 * omega
-        shift = 2 * omega * (mean - smoothing / classes)
+        shift = -2 * omega * smoothing / classes
         gradient = -2 * omega * keep
     else:
         if LOSS == TAYLOR_SOFTMAX:
             total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * m2
             slope = omega / total
-            shift = slope * (1 + mean)
+            shift = slope
         else:
             total = m2 + classes * (mean * mean + eps)
             slope = 2 * omega / total
-            shift = slope * mean
+            shift = slope * 0
         log_chosen = tl.log(unnormalised(o, eps, LOSS))
         loss = omega * (tl.log(total) - keep * log_chosen - smoothing / classes * sum_log)
         smooth = -omega * smoothing / classes
@@ -305,13 +305,13 @@ def lost_rows(mean, m2, counting, classes, eps, LOSS: tl.constexpr):
 
 
 @triton.jit
-def store_row(statistics, mean, scale, slope, shift, smooth, live, mask):
-    """The five row numbers; zeros for ignored rows. The centre is rounded to the type of `statistics`, and what
-    that loses of the mean goes into the shift: an offset of 1e4 on float32 logits costs no accuracy."""
+def store_row(statistics, mean, scale, slope, shift, smooth, live, mask, ACCUMULATOR: tl.constexpr):
+    """The five row numbers; zeros for ignored rows. The centre is rounded to ACCUMULATOR, and what
+    that loses of it goes into the shift: an offset of 1e4 on float32 logits costs no accuracy."""
     dtype = statistics.dtype.element_ty
-    center = mean.to(dtype)
+    center = mean.to(ACCUMULATOR)
     shift = shift - slope * ((mean - center.to(tl.float64)) * scale)
-    tl.store(statistics + CENTER, tl.where(live, center, 0.0), mask=mask)
+    tl.store(statistics + CENTER, tl.where(live, center, 0.0).to(dtype), mask=mask)
     tl.store(statistics + INVERSE_SCALE, tl.where(live, scale, 0.0).to(dtype), mask=mask)
     tl.store(statistics + SLOPE, tl.where(live, slope, 0.0).to(dtype), mask=mask)
     tl.store(statistics + SHIFT, tl.where(live, shift, 0.0).to(dtype), mask=mask)
@@ -353,7 +353,8 @@ def finish_rows(
     scale = tl.full((ROWS,), 1.0, tl.float64)
     if LOSS == Z:
         sigma = tl.sqrt(m2 / columns + eps)
-        scale = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))  # equal logits and eps = 0
+        flat = (sigma == 0) | (columns == 1)  # equal logits and eps = 0, or one class: z and its gradient are 0
+        scale = tl.where(flat, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
     zero = tl.zeros((ROWS,), tl.float64)
     row_loss, slope, shift, smooth, class_weights, counted = zero, zero, zero, zero, zero, zero
     row_statistics = statistics + row * (TARGET_GRADIENT + target_count)
@@ -376,7 +377,9 @@ def finish_rows(
         counted += tl.where(counts, 1.0, 0.0)
         tl.store(row_statistics + TARGET_GRADIENT + j, gradient.to(statistics.dtype.element_ty), mask=there)
     live = counted > 0
-    store_row(row_statistics, mean, scale, slope, shift, smooth, live, there)
+    centre = mean if LOSS == Z else zero
+    accumulator: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    store_row(row_statistics, centre, scale, slope, shift, smooth, live, there, accumulator)
     if REDUCE == 0:
         tl.store(loss + row, round_to(row_loss, loss.dtype.element_ty), mask=there)
     else:
@@ -414,8 +417,8 @@ def logits_gradient(
     first = block % column_blocks * COLUMNS - row_skew(first_row, row_stride, lead, PEEL, VECTOR)
     scale = load_upstream(grad_loss, grad_loss_stride, row, rows) / tl.load(normalizer)
     numbers = statistics + row * statistics_stride
-    center = tl.load(numbers + CENTER, mask=there, other=0)
-    inverse_scale = tl.load(numbers + INVERSE_SCALE, mask=there, other=0)
+    center = tl.load(numbers + CENTER, mask=there, other=0).to(ACCUMULATOR)
+    inverse_scale = tl.load(numbers + INVERSE_SCALE, mask=there, other=0).to(ACCUMULATOR)
     slope = scaled_statistic(tl.load(numbers + SLOPE, mask=there, other=0), scale, ACCUMULATOR)
     shift = scaled_statistic(tl.load(numbers + SHIFT, mask=there, other=0), scale, ACCUMULATOR)
     smooth = scaled_statistic(tl.load(numbers + SMOOTH, mask=there, other=0), scale, ACCUMULATOR)

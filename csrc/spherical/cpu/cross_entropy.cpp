@@ -64,7 +64,6 @@ struct RowLosses {
 };
 
 // Loss, regulariser and statistics of every row from its exponentials and targets.
-template <class Statistic>
 RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions& options, const Tensor& logits,
                       const RowTargets& targets, const KernelWeights& weights, Tensor& statistics) {
   const int64_t count = arguments.targets, width = kTargetGradientCe + count;
@@ -73,11 +72,11 @@ RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions&
                         : std::vector<RowExponentials>(size_t(arguments.rows), no_exponentials());
   const double weight_sum = weights.sum(arguments.classes);
   RowLosses losses{std::vector<double>(size_t(arguments.rows)), std::vector<double>(size_t(arguments.rows))};
-  Statistic* data = static_cast<Statistic*>(statistics.mutable_data_ptr());
+  double* data = static_cast<double*>(statistics.mutable_data_ptr());
   const RowsView view(logits, arguments.dtype);
   torch::stable::parallel_for(0, arguments.rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      Statistic* out = data + row * width;
+      double* out = data + row * width;
       for (int64_t column = 0; column < width; ++column) out[column] = 0;
       if (targets.ignored(row)) continue;
       const RowExponentials& exponentials = rows[size_t(row)];
@@ -88,8 +87,8 @@ RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions&
         const int64_t c = targets.index[slot];
         if (c < 0) continue;
         const double o = read_element(view.at(row, c), arguments.dtype, 0);
-        out[kTargetGradientCe + j] =
-            Statistic(add_target(options, exponentials, log_sum, o, targets.own[slot], targets.omega[slot], partials));
+        out[kTargetGradientCe + j] = (add_target(options, exponentials, log_sum, double(arguments.classes), o,
+                                                 targets.own[slot], targets.omega[slot], partials));
       }
       losses.z_term[size_t(row)] =
           finish_row(options, exponentials, log_sum, double(arguments.classes), weight_sum, partials, out);
@@ -112,11 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& logit
   const Tensor logits = rows_dense(logits_in);
   const KernelWeights weights(weight, arguments.dtype);
   const CrossEntropyOptions options{label_smoothing, lse_square_scale};
-  Tensor statistics =
-      new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, statistics_scalar_type(arguments));
-  RowLosses losses = arguments.statistics_dtype == DType::float64
-                         ? finish_rows<double>(arguments, options, logits, targets, weights, statistics)
-                         : finish_rows<float>(arguments, options, logits, targets, weights, statistics);
+  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, ScalarType::Double);
+  RowLosses losses = finish_rows(arguments, options, logits, targets, weights, statistics);
   Tensor normalizer = new_tensor(logits, {2}, ScalarType::Double);
   double* divisor = static_cast<double*>(normalizer.mutable_data_ptr());
   divisor[0] = mean_divisor(reduction, targets.weight_sum, safe_mean);
@@ -135,15 +131,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& logit
 struct CrossEntropyRows {
   const LossArguments& arguments;
   const KernelWeights& weights;
-  const void* statistics;
+  const double* statistics;
   const double* divisor;
   CrossEntropyKernels::Gradient kernel;
 
   double statistic(int64_t row, int64_t column) const {
-    return read_element(statistics, arguments.statistics_dtype, row * (kTargetGradientCe + arguments.targets) + column);
+    return statistics[row * (kTargetGradientCe + arguments.targets) + column];
   }
   bool zero(int64_t row) const {
-    return statistic(row, kSlopeCe) == 0 && statistic(row, kZSlope) == 0 && statistic(row, kSmoothCe) == 0;
+    for (int64_t column = kSlopeCe; column < kTargetGradientCe + arguments.targets; ++column) {
+      if (statistic(row, column) != 0) return false;
+    }
+    return true;
   }
   CrossEntropyRowGradient scaled(int64_t row, double upstream) const {
     const double z_slope = statistic(row, kZSlope);
@@ -170,7 +169,7 @@ void backward_into(const LossArguments& arguments, const Tensor& grad_loss, cons
   const Tensor statistics = as_contiguous(statistics_in);
   const Tensor normalizer = as_contiguous(normalizer_in);
   const KernelWeights weights(weight, arguments.dtype);
-  const CrossEntropyRows rows{arguments, weights, statistics.const_data_ptr(),
+  const CrossEntropyRows rows{arguments, weights, static_cast<const double*>(statistics.const_data_ptr()),
                               static_cast<const double*>(normalizer.const_data_ptr()),
                               kernels().gradient[int(arguments.dtype)]};
   run_backward(arguments, rows, read_target_indices(arguments, target, statistics, kTargetGradientCe),

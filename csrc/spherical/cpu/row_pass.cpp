@@ -80,8 +80,7 @@ std::vector<int64_t> read_target_indices(const LossArguments& arguments, const T
   const Matrix index = matrix_of(target);
   for (int64_t row = 0; row < arguments.rows; ++row) {
     for (int64_t j = 0; j < targets; ++j) {
-      const double gradient =
-          read_element(statistics.const_data_ptr(), arguments.statistics_dtype, row * width + columns + j);
+      const double gradient = static_cast<const double*>(statistics.const_data_ptr())[row * width + columns + j];
       const int64_t c = read_index(index, wide, row, j);
       PYOPS_CHECK_INDEX(gradient == 0 || (c >= 0 && c < arguments.classes), arguments.op, "target",
                         "be in [0, " + std::to_string(arguments.classes) + ") where it has a gradient", c,

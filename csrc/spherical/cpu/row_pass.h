@@ -118,6 +118,8 @@ class TargetValues {
   std::vector<std::pair<int64_t, double>> values_;
 };
 
+constexpr int64_t kTinyRow = 4;
+
 // Writes the gradient of the logits to `out`, which may be the logits. `Rows` knows the formula of one loss:
 //   bool zero(row)                       the row is ignored: its gradient is 0 whatever its logits hold
 //   Gradient scaled(row, upstream)       row numbers times upstream gradient over normaliser
@@ -145,7 +147,13 @@ void run_backward(const LossArguments& arguments, const Rows& rows, const std::v
       for (; first != last; ++first) value += rows.target(row, *first, upstream[size_t(row)]);
       return value;
     });
-    rows.run(x, result, begin, size, gradient, nontemporal);
+    if (arguments.classes <= kTinyRow) {  // the terms of so short a row cancel: in double the remainder is right
+      for (int64_t k = 0; k < size; ++k) {
+        write_element(result, arguments.dtype, k, rows.value(gradient, read_element(x, arguments.dtype, k), k));
+      }
+    } else {
+      rows.run(x, result, begin, size, gradient, nontemporal);
+    }
     values.write(result, arguments.dtype, begin);
   });
 }

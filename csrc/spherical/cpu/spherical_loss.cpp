@@ -40,9 +40,9 @@ std::vector<RowMoments> all_moments(const LossArguments& arguments, const Tensor
 }
 
 // Loss and statistics of one row from its moments and targets.
-template <class Statistic>
+template <class Real>
 double finish_row(const LossArguments& arguments, const RowsView& logits, const SphericalOptions& options,
-                  const RowTargets& targets, const RowMoments& moments, int64_t row, Statistic* statistics) {
+                  const RowTargets& targets, const RowMoments& moments, int64_t row, double* statistics) {
   const int64_t count = arguments.targets;
   if (targets.ignored(row)) {
     for (int64_t column = 0; column < kTargetGradient + count; ++column) statistics[column] = 0;
@@ -57,25 +57,25 @@ double finish_row(const LossArguments& arguments, const RowsView& logits, const 
       const double o = read_element(logits.at(row, c), arguments.dtype, 0);
       gradient = add_target(options, moments, classes, scale, o, targets.omega[size_t(row * count + j)], partials);
     }
-    statistics[kTargetGradient + j] = Statistic(gradient);
+    statistics[kTargetGradient + j] = gradient;
   }
-  write_row(statistics, moments, scale, partials);
+  write_row<Real>(options, statistics, moments, scale, partials);
   return partials.loss;
 }
 
-template <class Statistic>
+template <class Real>
 std::vector<double> finish_rows(const LossArguments& arguments, const Tensor& logits, const SphericalOptions& options,
                                 const RowTargets& targets, Tensor& statistics) {
   const std::vector<RowMoments> moments =
       arguments.classes ? all_moments(arguments, logits, options) : std::vector<RowMoments>(size_t(arguments.rows));
   std::vector<double> losses(size_t(arguments.rows));
-  Statistic* data = static_cast<Statistic*>(statistics.mutable_data_ptr());
+  double* data = static_cast<double*>(statistics.mutable_data_ptr());
   const int64_t width = kTargetGradient + arguments.targets;
   const RowsView view(logits, arguments.dtype);
   torch::stable::parallel_for(0, arguments.rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       losses[size_t(row)] =
-          finish_row(arguments, view, options, targets, moments[size_t(row)], row, data + row * width);
+          finish_row<Real>(arguments, view, options, targets, moments[size_t(row)], row, data + row * width);
     }
   });
   return losses;
@@ -91,9 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> spherical_loss_cpu(const Tensor& logits_in, c
                                                        target_weight, weight, label_smoothing, reduction, out_dtype);
   const RowTargets targets = read_targets(arguments, target, target_weight, weight, ignore_index);
   const Tensor logits = rows_dense(logits_in);
-  Tensor statistics =
-      new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, statistics_scalar_type(arguments));
-  const std::vector<double> losses = arguments.statistics_dtype == DType::float64
+  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, ScalarType::Double);
+  const std::vector<double> losses = arguments.dtype == DType::float64
                                          ? finish_rows<double>(arguments, logits, options, targets, statistics)
                                          : finish_rows<float>(arguments, logits, options, targets, statistics);
   const double divisor = mean_divisor(reduction, targets.weight_sum, safe_mean);
@@ -106,15 +105,18 @@ std::tuple<Tensor, Tensor, Tensor> spherical_loss_cpu(const Tensor& logits_in, c
 struct SphericalRows {
   const LossArguments& arguments;
   const SphericalOptions& options;
-  const void* statistics;
+  const double* statistics;
   double divisor;
   SphericalLossKernels::Gradient kernel;
 
   double statistic(int64_t row, int64_t column) const {
-    return read_element(statistics, arguments.statistics_dtype, row * (kTargetGradient + arguments.targets) + column);
+    return statistics[row * (kTargetGradient + arguments.targets) + column];
   }
   bool zero(int64_t row) const {
-    return statistic(row, kSlope) == 0 && statistic(row, kShift) == 0 && statistic(row, kSmooth) == 0;
+    for (int64_t column = kSlope; column < kTargetGradient + arguments.targets; ++column) {
+      if (statistic(row, column) != 0) return false;
+    }
+    return true;
   }
   SphericalRowGradient scaled(int64_t row, double upstream) const {
     const double scale = upstream / divisor;
@@ -139,7 +141,7 @@ void backward_into(const LossArguments& arguments, const SphericalOptions& optio
                    const Tensor& logits, const Tensor& target, const Tensor& statistics_in, const Tensor& normalizer,
                    Tensor& out, bool nontemporal) {
   const Tensor statistics = as_contiguous(statistics_in);
-  const SphericalRows rows{arguments, options, statistics.const_data_ptr(),
+  const SphericalRows rows{arguments, options, static_cast<const double*>(statistics.const_data_ptr()),
                            *static_cast<const double*>(normalizer.const_data_ptr()),
                            kernels().gradient[int(arguments.dtype)]};
   run_backward(arguments, rows, read_target_indices(arguments, target, statistics, kTargetGradient),

@@ -12,10 +12,10 @@
 // Ownership: a thread owns the vectors column = (thread + i * threads) * width of its part; partials[row][part] is
 // written by thread 0 of its block; statistics and loss of a row by the thread or warp that finishes it.
 //
-// Precision: a thread adds exp(o - shift) in float (double for float64 logits) over at most kLongestRun elements and
-// then in double. Its shift is raised to a new maximum only when that is more than kHeadroom above: rescaling is
-// rare, and each costs one rounding. Threads and parts are merged in double about the common maximum; row formulas
-// in double. -infinity is a legal logit; NaN reaches the sum.
+// Precision: a thread adds exp(o - shift) in float (double for float64 logits) over at most 32 elements, from there on
+// in double. Its shift is raised to a new maximum only when that is more than kHeadroom above: rescaling is rare, and
+// each costs one rounding. Threads and parts are merged in double about the common maximum; row formulas in double.
+// -infinity is a legal logit; NaN reaches the sum.
 //
 // Backward: see row_gradient.cuh; one exponential per element, in float (double for float64).
 #include "cross_entropy.cuh"
@@ -24,8 +24,7 @@
 namespace pyops {
 namespace {
 
-constexpr int kLongestRun = 2048;
-// exp(kHeadroom) * kLongestRun is far from overflow, and an argument of that size costs no accuracy.
+// exp(kHeadroom) is far from overflow, and an argument of that size costs no accuracy.
 constexpr int kHeadroom = 4;
 
 #define PYOPS_CROSS_ENTROPY_RANGE "pyops::cross_entropy: target must be in [0, classes) or ignore_index"
@@ -53,10 +52,8 @@ struct ExponentialSums {
   const T* weight;  // class weights of the columns that are read; Smoothing::weighted only
   Real maximum = -Real(HUGE_VAL);
   Real shift = -Real(HUGE_VAL);  // from maximum - kHeadroom to maximum
-  Real sum = 0;                  // of exp(o - shift), over `count` elements
-  double total = 0;              // the same, over all earlier ones
+  double sum = 0;                // of exp(o - shift)
   double weighted_sum = 0;
-  int count = 0;
 
   PYOPS_DEVICE explicit ExponentialSums(const T* class_weight) : weight(class_weight) {}
 
@@ -79,28 +76,22 @@ struct ExponentialSums {
     if (highest > shift + Real(kHeadroom)) raise(highest);
     // Nothing but -infinity (or NaN) so far: exp(o - 0) is 0, where exp(-inf + inf) would be NaN.
     const Real finite_shift = shift == -Real(HUGE_VAL) ? Real(0) : shift;
+    Real taken_sum = 0;
 #pragma unroll
     for (int a = 0; a < kA; ++a) {
       Real vector_sum = 0;
 #pragma unroll
       for (int b = 0; b < width; ++b) vector_sum += exponential<T>(o[a][b] - finite_shift);
-      sum += vector_sum;
+      taken_sum += vector_sum;
       if constexpr (kSmoothing != Smoothing::none) {
         weighted_sum += sum_of_weighted(o[a], elements, highest, column + a * step);
       }
     }
-    count += kA * elements;
-    if (count >= kLongestRun) {
-      total += double(sum);
-      sum = 0;
-      count = 0;
-    }
+    sum += double(taken_sum);
   }
 
   PYOPS_DEVICE void raise(Real highest) {
-    const Real factor = exponential<T>(shift - highest);
-    sum *= factor;
-    total *= double(factor);
+    sum *= double(exponential<T>(shift - highest));
     shift = highest;
   }
 
@@ -135,11 +126,10 @@ struct ExponentialSums {
 template <class T, Smoothing kSmoothing>
 PYOPS_DEVICE RowExponentials merge_in_block(const ExponentialSums<T, kSmoothing>& own, double* scratch) {
   const RealOf<T> maximum = block_maximum(own.maximum, scratch);
-  const double sum = own.total + double(own.sum);
-  // Without an element above -infinity the sum is 0 and must not meet exp(-inf + inf).
   const RealOf<T> distance = own.shift - maximum;
-  double sums[2] = {sum == 0 ? 0 : sum * double(sizeof(T) == 8 ? exp(distance) : expf(float(distance))),
-                    own.weighted_sum};
+  const double scale = sizeof(T) == 8 ? exp(distance) : expf(float(distance));
+  // Without an element above -infinity the sum is 0 and the scale may be exp(-inf + inf).
+  double sums[2] = {own.sum == 0 ? 0 : own.sum * scale, own.weighted_sum};
   block_sum(sums, scratch + kMaximumWarps);
   return {double(maximum), sums[0], sums[1]};
 }
@@ -182,7 +172,7 @@ __global__ void __launch_bounds__(kMaximumThreads, sizeof(T) == 8 || kSmoothing 
   PYOPS_SHARED(double, scratch, 3 * kMaximumWarps);
   const LossRows& rows = f.rows;
   const int64_t row = first_row + blockIdx.x;
-  if (!row_counts<T>(rows, row, PYOPS_CROSS_ENTROPY_RANGE)) return;
+  if (!row_counts<T>(rows, row)) return;
   const int64_t begin = int64_t(blockIdx.y) * split.part_columns, left = rows.classes - begin;
   const int columns = int(left < split.part_columns ? left : split.part_columns);
   const T* x = static_cast<const T*>(rows.logits) + row * rows.row_stride + begin;
@@ -224,7 +214,8 @@ PYOPS_DEVICE TargetSums add_targets(const CrossEntropyForward& f, int64_t row, c
     if (target.counts) {
       const double o = double(dev::widen(logits[target.index]));
       const double omega = target.own * target.class_weight;
-      gradient = add_target(f.options, exponentials, log_sum, o, target.own, omega, own.partials);
+      gradient =
+          add_target(f.options, exponentials, log_sum, double(f.rows.classes), o, target.own, omega, own.partials);
       own.class_weight += target.class_weight;
       own.counted += 1;
     }
@@ -241,7 +232,7 @@ template <class T>
 PYOPS_DEVICE void finish_one_row(const CrossEntropyForward& f, const RowSplit& split, const Workspace& workspace,
                                  int64_t row, int lane, int lanes, double (&totals)[kColumns]) {
   const LossRows& rows = f.rows;
-  const bool counts = any_counts<T>(rows, row, lane, lanes, PYOPS_CROSS_ENTROPY_RANGE);
+  const bool counts = any_counts<T>(rows, row, lane, lanes);
   RowExponentials exponentials = no_exponentials();
   if (counts) exponentials = merge_parts(workspace.partials + row * split.parts, split.parts, lane, lanes);
   const double log_sum = counts ? log(exponentials.sum) : 0;
@@ -375,7 +366,8 @@ struct CrossEntropyGradient {
     const double upstream = read_number(g.grad_loss, g.grad_dtype, row * g.grad_stride);
     const double slope = double(s[kSlopeCe]) / g.normalizer[0];
     const double z_slope = s[kZSlope] == 0 ? 0 : double(s[kZSlope]) / g.normalizer[1];
-    const bool zero = s[kSlopeCe] == 0 && s[kZSlope] == 0 && s[kSmoothCe] == 0;
+    bool zero = true;
+    for (int64_t column = kSlopeCe; column < kTargetGradientCe + g.targets; ++column) zero = zero && s[column] == 0;
     return {double(s[kMaximum]), upstream * (slope + z_slope), upstream * s[kSmoothCe] / g.normalizer[0],
             upstream / g.normalizer[0], zero};
   }

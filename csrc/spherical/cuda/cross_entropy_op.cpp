@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& logi
   Tensor loss = new_loss(arguments, logits, reduction, dtype);
   Tensor z_term = new_loss(arguments, logits, reduction, dtype);
   Tensor statistics =
-      new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, statistics_scalar_type(arguments));
+      new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, ScalarType::Double);
   Tensor normalizer = new_tensor(logits, {2}, ScalarType::Double);
   CrossEntropyForward forward{
       loss_rows(arguments, logits, target, target_weight, weight, ignore_index, reduction, safe_mean),

@@ -30,7 +30,7 @@ struct LossRows {
   StridedMatrix target_weight;  // null: ones
   const void* class_weight;     // contiguous; null: ones
 
-  void* statistics;    // rows x (row numbers + targets), float64 for float64 logits, else float32
+  void* statistics;    // rows x (row numbers + targets), float64
   double* normalizer;  // what 'mean' divided by, else ones
   void* loss;          // () or (rows)
   void* z_term;        // like loss; cross_entropy only

@@ -18,7 +18,7 @@ using RealOf = typename Accumulation<T>::type;
 
 // The type of a row statistic.
 template <class T>
-using StatisticOf = typename Accumulation<T>::type;
+using StatisticOf = double;
 
 // ---- how rows are cut -----------------------------------------------------------------------------------
 
@@ -240,17 +240,24 @@ struct Target {
   bool counts;          // neither ignore_index nor of weight 0; the index of another one is never followed
 };
 
-// `message` is what a class out of range stops the kernel with.
+// Index, weight and whether it counts; the index may be out of range.
 template <class T>
-PYOPS_DEVICE Target read_target(const LossRows& rows, int64_t row, int64_t position, const char* message) {
+PYOPS_DEVICE Target read_unchecked_target(const LossRows& rows, int64_t row, int64_t position) {
   Target target{read_class(rows.target, rows.target_is_wide, row, position), 1, 1, false};
   if (target.index == rows.ignore_index) return target;
-  PYOPS_DEVICE_ASSERT(target.index >= 0 && target.index < rows.classes, message);
   if (rows.target_weight.data) {
     const int64_t at = row * rows.target_weight.row_stride + position * rows.target_weight.column_stride;
     target.own = double(dev::widen(static_cast<const T*>(rows.target_weight.data)[at]));
   }
   target.counts = target.own != 0;
+  return target;
+}
+
+// `message` is what a class out of range stops the kernel with, whether it counts or not, as on the CPU.
+template <class T>
+PYOPS_DEVICE Target read_target(const LossRows& rows, int64_t row, int64_t position, const char* message) {
+  Target target = read_unchecked_target<T>(rows, row, position);
+  PYOPS_DEVICE_ASSERT(target.index == rows.ignore_index || (target.index >= 0 && target.index < rows.classes), message);
   if (target.counts && rows.class_weight) {
     target.class_weight = double(dev::widen(static_cast<const T*>(rows.class_weight)[target.index]));
   }
@@ -259,19 +266,21 @@ PYOPS_DEVICE Target read_target(const LossRows& rows, int64_t row, int64_t posit
 
 // Whether any target of the row counts: if not, the row is ignored. For the `lanes` threads of a row, 1 or 32.
 template <class T>
-PYOPS_DEVICE bool any_counts(const LossRows& rows, int64_t row, int lane, int lanes, const char* message) {
+PYOPS_DEVICE bool any_counts(const LossRows& rows, int64_t row, int lane, int lanes) {
   bool counts = false;
 #pragma unroll 1
   for (int64_t j = lane; j < rows.targets; j += lanes) {
-    counts = counts || read_target<T>(rows, row, j, message).counts;
+    counts = counts || read_unchecked_target<T>(rows, row, j).counts;
   }
   return lanes == 1 ? counts : __any_sync(dev::kFullWarp, counts) != 0;
 }
 
 // For a block: the logits of an ignored row are not read. Every warp asks for itself, which is cheaper than a barrier.
+// Unchecked, because the call that reports a class out of range would cost the streaming kernels up to 18 registers
+// (sm_100): the kernel that finishes the row checks.
 template <class T>
-PYOPS_DEVICE bool row_counts(const LossRows& rows, int64_t row, const char* message) {
-  return any_counts<T>(rows, row, dev::lane(), 32, message);
+PYOPS_DEVICE bool row_counts(const LossRows& rows, int64_t row) {
+  return any_counts<T>(rows, row, dev::lane(), 32);
 }
 
 // ---- finishing rows -------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@
 // Ownership: a thread owns the vectors column = (thread + i * threads) * width of its part; partials[row][part] is
 // written by thread 0 of its block; statistics and loss of a row by the thread or warp that finishes it.
 //
-// Precision: per thread sums of d = o - shift and d^2 in float (double for float64 logits) over at most kLongestRun
-// elements, with a shift that follows the data; runs are merged in double by Chan's formula, threads and parts in
-// double about their common mean; row formulas in double. Never q/D - mean^2.
+// Precision: per thread sums of d = o - shift and d^2 in float (double for float64 logits) over at most 32 elements,
+// from there on in double, with a shift that follows the data; runs of one shift are merged in double by Chan's
+// formula, threads and parts in double about their common mean; row formulas in double. Never q/D - mean^2.
 //
 // Backward: see row_gradient.cuh; one fused multiply-add chain per element in float (double for float64).
 #include "row_gradient.cuh"
@@ -21,8 +21,6 @@
 
 namespace pyops {
 namespace {
-
-constexpr int kLongestRun = 2048;
 
 PYOPS_DEVICE const char* out_of_range(SphericalLoss loss) {
   switch (loss) {
@@ -118,21 +116,23 @@ PYOPS_DEVICE void shifted_sums(const dev::Bits128 (&bits)[kA], int elements, Rea
   }
 }
 
-// Whether all elements have this value. Vectors are compared as bits: unpacked, all would be in registers at once.
+// Whether all elements have this value. They are compared as bits: unpacked, all would be in registers at once.
 template <class T, int kA>
 PYOPS_DEVICE bool all_equal(const dev::Bits128 (&bits)[kA], int elements, RealOf<T> value) {
-  RealOf<T> o[dev::kVectorElements<T>];
-  dev::unpack(bits[0], o, static_cast<const T*>(nullptr));
-  bool equal = true;
+  T pattern[dev::kVectorElements<T>];
+  dev::narrow(value, pattern[0]);
+  if (dev::widen(pattern[0]) != value) return false;
 #pragma unroll
-  for (int b = 0; b < dev::kVectorElements<T>; ++b) equal = equal && (b >= elements || o[b] == value);
+  for (int b = 1; b < dev::kVectorElements<T>; ++b) pattern[b] = b < elements ? pattern[0] : T{};
+  dev::Bits128 expected;
+  memcpy(&expected, pattern, 16);
   uint32_t difference = 0;
 #pragma unroll
-  for (int a = 1; a < kA; ++a) {
+  for (int a = 0; a < kA; ++a) {
 #pragma unroll
-    for (int word = 0; word < 4; ++word) difference |= bits[a].word[word] ^ bits[0].word[word];
+    for (int word = 0; word < 4; ++word) difference |= bits[a].word[word] ^ expected.word[word];
   }
-  return equal && difference == 0;
+  return difference == 0;
 }
 
 // Mean and m2 of the elements of one thread. A run keeps (count, sum d, sum d^2) about `shift`; its
@@ -144,10 +144,10 @@ struct MomentSums {
   using Real = RealOf<T>;
   const T* x;
   const SphericalOptions& options;
-  Real shift, sum = 0, squares = 0;
-  int count = 0;                 // elements in the run
-  double done = 0;               // elements in the runs that have ended
-  RowMoments total = {0, 0, 0};  // of these
+  Real shift;
+  double count = 0, sum = 0, squares = 0;  // of the run
+  double done = 0;                         // elements in the runs that have ended
+  RowMoments total = {0, 0, 0};            // of these
   double log_sum = 0;
 
   PYOPS_DEVICE MomentSums(const T* row, Real first_shift, const SphericalOptions& o)
@@ -155,10 +155,10 @@ struct MomentSums {
 
   // Squares of elements that differ from `shift` have not underflowed; no squares at all are those of equal elements.
   template <int kA>
-  PYOPS_DEVICE bool in_range(Real all_squares, int all, const dev::Bits128 (&bits)[kA], int elements) const {
+  PYOPS_DEVICE bool in_range(Real d_squares, const dev::Bits128 (&bits)[kA], int elements) const {
     constexpr Real largest = sizeof(Real) == 8 ? Real(1e300) : Real(1e30);
-    if (!(all_squares < largest)) return false;
-    return all_squares * largest >= Real(all) || all_equal<T>(bits, elements, shift);
+    if (!(d_squares < largest)) return false;
+    return d_squares * largest >= Real(1) || all_equal<T>(bits, elements, shift);
   }
 
   template <int kA>
@@ -168,60 +168,49 @@ struct MomentSums {
       if (!sum_log<T>(bits, elements, options, logs)) logs = sum_log_one_by_one(kA, elements, column, step);
       log_sum += logs;
     }
-    constexpr Real safe_share = Real(0.8);
-    const int n = kA * elements;
     Real d_sum, d_squares;
     shifted_sums<T>(bits, elements, shift, d_sum, d_squares);
-    const Real new_sum = sum + d_sum, new_squares = squares + d_squares;
-    const int new_count = count + n;
-    const bool safe = new_sum * new_sum <= safe_share * Real(new_count) * new_squares;
-    if (safe && new_count <= kLongestRun && in_range(new_squares, new_count, bits, elements)) {
+    const double new_sum = sum + double(d_sum), new_squares = squares + double(d_squares);
+    const double new_count = count + double(kA * elements);
+    if (new_sum * new_sum <= 0.8 * new_count * new_squares && in_range(d_squares, bits, elements)) {
       sum = new_sum;
       squares = new_squares;
       count = new_count;
-      return;
+    } else {
+      end_run(kA, elements, column, step);
     }
-    // A run that is merely long ends before these elements, and they start the next one about the same shift.
-    const bool long_only = d_sum * d_sum <= safe_share * Real(n) * d_squares && in_range(d_squares, n, bits, elements);
-    end_run(long_only ? 0 : kA, elements, column, step);
-    if (!long_only) return;
-    sum = d_sum;
-    squares = d_squares;
-    count = n;
   }
 
   // Adds the run to the total and then the elements x[column + a * step + b], if any, taken in double.
   PYOPS_DEVICE void end_run(int vectors, int width, int column, int step) {
-    double n = double(count), mean = double(shift), rest = double(sum), m2 = double(squares);
+    double mean = double(shift);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
-      const double run_m2 = m2 - rest * rest / n;  // rounding may leave it below 0; NaN stays
-      if (n != 0) merge_moments(done, total, n, {mean + rest / n, run_m2 < 0 ? 0 : run_m2, 0});
+      const double m2 = squares - sum * sum / count;  // rounding may leave it below 0; NaN stays
+      if (count != 0) merge_moments(done, total, count, {mean + sum / count, m2 < 0 ? 0 : m2, 0});
       if (part == 1 || vectors == 0) break;
-      n = double(vectors * width);
-      sums_in_double(n, vectors, width, column, step, mean, rest, m2);
+      sums_in_double(vectors, width, column, step, mean);
     }
     shift = mean - mean == 0 ? Real(mean) : Real(0);
-    sum = squares = 0;
-    count = 0;
+    count = sum = squares = 0;
   }
 
-  // Two passes: a mean, then sums about it. Equal elements have exactly that mean and rest = m2 = 0.
-  PYOPS_DEVICE void sums_in_double(double n, int vectors, int width, int column, int step, double& mean, double& rest,
-                                   double& m2) const {
+  // Two passes: a mean, then sums about it. Equal elements have exactly that mean and sum = squares = 0.
+  PYOPS_DEVICE void sums_in_double(int vectors, int width, int column, int step, double& mean) {
     mean = double(dev::widen(x[column]));
-    rest = 0;
+    count = double(vectors * width);
+    sum = 0;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-      mean += rest / n;
-      rest = m2 = 0;
+      mean += sum / count;
+      sum = squares = 0;
 #pragma unroll 1
       for (int a = 0; a < vectors; ++a) {
 #pragma unroll 1
         for (int b = 0; b < width; ++b) {
           const double d = double(dev::widen(x[column + a * step + b])) - mean;
-          rest += d;
-          m2 += d * d;
+          sum += d;
+          squares += d * d;
         }
       }
     }
@@ -296,7 +285,7 @@ __global__ void __launch_bounds__(kMaximumThreads, kWithLog || sizeof(T) == 8 ? 
   const int columns = int(left < split.part_columns ? left : split.part_columns);
   const T* x = static_cast<const T*>(rows.logits) + row * rows.row_stride + begin;
   const Sample<T> sample(x, columns);  // on its way while the targets are looked up
-  if (!row_counts<T>(rows, row, out_of_range(f.options.loss))) return;
+  if (!row_counts<T>(rows, row)) return;
   MomentSums<T, kWithLog> sums(x, sample.mean(), f.options);
   read_row(x, columns, sums);
   sums.end_run(0, 0, 0, 0);
@@ -357,7 +346,7 @@ template <class T>
 PYOPS_DEVICE void finish_one_row(const SphericalLossForward& f, const RowSplit& split, const RowMoments* partials,
                                  int64_t row, int lane, int lanes, double (&totals)[kColumns]) {
   const LossRows& rows = f.rows;
-  const bool counts = any_counts<T>(rows, row, lane, lanes, out_of_range(f.options.loss));
+  const bool counts = any_counts<T>(rows, row, lane, lanes);
   RowMoments moments = {0, 0, 0};
   if (counts) moments = merge_parts(partials + row * split.parts, split, rows.classes, lane, lanes);
   const double scale = counts ? inverse_scale(f.options, moments, double(rows.classes)) : 0;
@@ -365,7 +354,7 @@ PYOPS_DEVICE void finish_one_row(const SphericalLossForward& f, const RowSplit& 
   if (lane != 0) return;
   StatisticOf<T>* statistics = static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradient + rows.targets);
   if (counts) {
-    write_row(statistics, moments, scale, sums.partials);
+    write_row<typename Accumulation<T>::type>(f.options, statistics, moments, scale, sums.partials);
     totals[0] += sums.partials.loss;
     totals[1] += sums.class_weight / sums.counted;
   } else {
@@ -457,7 +446,8 @@ struct SphericalGradient {
     const StatisticOf<T>* s = static_cast<const StatisticOf<T>*>(g.statistics) + row * (kTargetGradient + g.targets);
     const double upstream = read_number(g.grad_loss, g.grad_dtype, row * g.grad_stride);
     const double scale = upstream / g.normalizer[0];
-    const bool zero = s[kSlope] == 0 && s[kShift] == 0 && s[kSmooth] == 0;
+    bool zero = true;
+    for (int64_t column = kSlope; column < kTargetGradient + g.targets; ++column) zero = zero && s[column] == 0;
     return {double(s[kCenter]),
             double(s[kInverseScale]),
             scale * s[kSlope],

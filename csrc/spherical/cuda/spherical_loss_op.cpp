@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(const Tensor& logits_in, 
   const ScalarType dtype = out_dtype.value_or(scalar_type_of(arguments.dtype));
   Tensor loss = new_loss(arguments, logits, reduction, dtype);
   Tensor statistics =
-      new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, statistics_scalar_type(arguments));
+      new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, ScalarType::Double);
   Tensor normalizer = new_tensor(logits, {}, ScalarType::Double);
   SphericalLossForward forward{
       loss_rows(arguments, logits, target, target_weight, weight, ignore_index, reduction, safe_mean), options};
