@@ -261,19 +261,14 @@ def cases() -> list[Case]:
         *(("z_loss", what, SMALL, dtype) for what in ("forward", "backward") for dtype in ("float16", "float64")),
         *((op, what, TINY, "float32") for op in OPS for what in CALLS),
     ]
-    informing = [
-        *((op, what, LARGE, "float32", 1) for op in main for what in PASSES),
-        *((op, what, LANGUAGE_MODEL, dtype, 1) for op in OPS for dtype in ("float32", "bfloat16") for what in PASSES),
-    ]
+    shapes = [(LARGE, "float32"), (LANGUAGE_MODEL, "float32"), (LANGUAGE_MODEL, "bfloat16")]
+    informing = [(op, what, *shape, 1) for shape in shapes for op in main for what in PASSES]
+    others = [op for op in OPS if op not in main]
+    without_inplace = [what for what in PASSES if what != "backward_inplace"]
+    informing += [(op, what, LANGUAGE_MODEL, "float32", 1) for op in others for what in without_inplace]
     if available_threads() > 1:
         threads = available_threads()
-        informing += [(op, what, LARGE, "float32", threads) for op in main for what in PASSES]
-        informing += [
-            (op, what, LANGUAGE_MODEL, dtype, threads)
-            for op in main
-            for dtype in ("float32", "bfloat16")
-            for what in PASSES
-        ]
+        informing += [(op, what, *shape, threads) for shape in shapes for op in main for what in PASSES]
     return [_gated_case(*chosen) for chosen in gated] + [case(*chosen) for chosen in informing]
 
 

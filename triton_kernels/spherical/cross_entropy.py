@@ -226,7 +226,7 @@ def finish_rows(
     live = counted > 0
     smooth = zero
     if SMOOTHING:
-        smooth = label_smoothing / tl.full((), classes, tl.float64) * target_weights
+        smooth = tl.where(classes == 1, 0.0, label_smoothing / tl.full((), classes, tl.float64) * target_weights)
         row_loss += tl.where(smooth == 0, 0.0, smooth * (log_sum * weight_sum - weighted))
         slope += tl.where(smooth == 0, 0.0, smooth * weight_sum)
     lse = maximum + log_sum

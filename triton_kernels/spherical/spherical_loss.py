@@ -353,8 +353,9 @@ def finish_rows(
     scale = tl.full((ROWS,), 1.0, tl.float64)
     if LOSS == Z:
         sigma = tl.sqrt(m2 / columns + eps)
-        flat = (sigma == 0) | (columns == 1)  # equal logits and eps = 0, or one class: z and its gradient are 0
-        scale = tl.where(flat, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
+        # Equal logits and eps = 0, or one class: z and its gradient are 0.
+        inverse = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
+        scale = tl.where(sigma * 0 + columns == 1, 0.0, inverse)
     zero = tl.zeros((ROWS,), tl.float64)
     row_loss, slope, shift, smooth, class_weights, counted = zero, zero, zero, zero, zero, zero
     row_statistics = statistics + row * (TARGET_GRADIENT + target_count)
@@ -503,7 +504,7 @@ def spherical_loss(
             logits, target, target_weight, partials, *walk, plan.part_columns, eps,
             ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PIVOT=min(PIVOT_COLUMNS, tile.columns),
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **cut,
-            registers=255 if log_of and logits.dtype == torch.float64 else None,
+            registers=255 if logits.dtype == torch.float64 else None,
         )  # fmt: skip
         _common.launch(
             finish_rows, (plan.finish_blocks,),

@@ -95,12 +95,14 @@ struct ExponentialSums {
     shift = highest;
   }
 
-  // sum w o as sum w (o - reference) + reference * sum w: small terms in float, the rest in double.
+  // sum w o as sum w (o - reference) + reference * sum w: small terms in float, the rest in double. A large
+  // reference must cancel against the sum of all weights, which is taken in double as well.
   PYOPS_DEVICE double sum_of_weighted(const Real (&o)[dev::kVectorElements<T>], int elements, Real highest,
                                       int column) const {
     constexpr int width = dev::kVectorElements<T>;
     const Real reference = highest - highest == 0 ? highest : Real(0);
-    Real products = 0, weights = Real(elements);
+    Real products = 0;
+    double weights = double(elements);
     if constexpr (kSmoothing == Smoothing::weighted) {
       Real w[width];
       weights = 0;
@@ -112,13 +114,13 @@ struct ExponentialSums {
 #pragma unroll
       for (int b = 0; b < width; ++b) {
         products += b < elements ? w[b] * (o[b] - reference) : Real(0);
-        weights += b < elements ? w[b] : Real(0);
+        weights += b < elements ? double(w[b]) : 0.0;
       }
     } else {
 #pragma unroll
       for (int b = 0; b < width; ++b) products += b < elements ? o[b] - reference : Real(0);
     }
-    return double(products) + double(reference) * double(weights);
+    return double(products) + double(reference) * weights;
   }
 };
 
@@ -205,8 +207,7 @@ PYOPS_DEVICE TargetSums add_targets(const CrossEntropyForward& f, int64_t row, c
                                     double log_sum, int lane, int lanes) {
   const LossRows& rows = f.rows;
   const T* logits = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-  StatisticOf<T>* gradients =
-      static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradientCe + rows.targets) + kTargetGradientCe;
+  double* gradients = rows.statistics + row * (kTargetGradientCe + rows.targets) + kTargetGradientCe;
   TargetSums own{};
   for (int64_t j = lane; j < rows.targets; j += lanes) {
     const Target target = read_target<T>(rows, row, j, PYOPS_CROSS_ENTROPY_RANGE);
@@ -219,7 +220,7 @@ PYOPS_DEVICE TargetSums add_targets(const CrossEntropyForward& f, int64_t row, c
       own.class_weight += target.class_weight;
       own.counted += 1;
     }
-    gradients[j] = StatisticOf<T>(gradient);
+    gradients[j] = gradient;
   }
   return {{row_sum(own.partials.loss, lanes), row_sum(own.partials.slope, lanes),
            row_sum(own.partials.target_weight, lanes)},
@@ -238,7 +239,7 @@ PYOPS_DEVICE void finish_one_row(const CrossEntropyForward& f, const RowSplit& s
   const double log_sum = counts ? log(exponentials.sum) : 0;
   TargetSums sums = add_targets<T>(f, row, exponentials, log_sum, lane, lanes);
   if (lane != 0) return;
-  StatisticOf<T>* statistics = static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradientCe + rows.targets);
+  double* statistics = rows.statistics + row * (kTargetGradientCe + rows.targets);
   double z_term = 0;
   if (counts) {
     const bool weighted = rows.class_weight && f.options.label_smoothing != 0;
@@ -360,15 +361,13 @@ struct CrossEntropyGradient {
     return "pyops::cross_entropy_backward: target must be in [0, classes) where it has a gradient";
   }
 
-  template <class T>
   PYOPS_DEVICE Numbers numbers(const GradientRows& g, int64_t row) const {
-    const StatisticOf<T>* s = static_cast<const StatisticOf<T>*>(g.statistics) + row * (kTargetGradientCe + g.targets);
+    const double* s = g.statistics + row * (kTargetGradientCe + g.targets);
     const double upstream = read_number(g.grad_loss, g.grad_dtype, row * g.grad_stride);
-    const double slope = double(s[kSlopeCe]) / g.normalizer[0];
-    const double z_slope = s[kZSlope] == 0 ? 0 : double(s[kZSlope]) / g.normalizer[1];
-    bool zero = true;
-    for (int64_t column = kSlopeCe; column < kTargetGradientCe + g.targets; ++column) zero = zero && s[column] == 0;
-    return {double(s[kMaximum]), upstream * (slope + z_slope), upstream * s[kSmoothCe] / g.normalizer[0],
+    const double slope = s[kSlopeCe] / g.normalizer[0];
+    const double z_slope = s[kZSlope] == 0 ? 0 : s[kZSlope] / g.normalizer[1];
+    const bool zero = all_zero(s, kSlopeCe, kTargetGradientCe + g.targets);
+    return {s[kMaximum], upstream * (slope + z_slope), upstream * s[kSmoothCe] / g.normalizer[0],
             upstream / g.normalizer[0], zero};
   }
 

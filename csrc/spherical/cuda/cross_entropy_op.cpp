@@ -27,14 +27,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& logi
   const ScalarType dtype = out_dtype.value_or(scalar_type_of(arguments.dtype));
   Tensor loss = new_loss(arguments, logits, reduction, dtype);
   Tensor z_term = new_loss(arguments, logits, reduction, dtype);
-  Tensor statistics =
-      new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, ScalarType::Double);
+  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradientCe + arguments.targets}, ScalarType::Double);
   Tensor normalizer = new_tensor(logits, {2}, ScalarType::Double);
   CrossEntropyForward forward{
       loss_rows(arguments, logits, target, target_weight, weight, ignore_index, reduction, safe_mean),
       {label_smoothing, lse_square_scale}};
   Tensor workspace = new_tensor(logits, {pyops_cross_entropy_workspace(&forward)}, ScalarType::Double);
-  forward.rows.statistics = statistics.mutable_data_ptr();
+  forward.rows.statistics = static_cast<double*>(statistics.mutable_data_ptr());
   forward.rows.normalizer = static_cast<double*>(normalizer.mutable_data_ptr());
   forward.rows.loss = loss.mutable_data_ptr();
   forward.rows.z_term = z_term.mutable_data_ptr();

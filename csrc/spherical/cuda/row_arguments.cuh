@@ -30,7 +30,7 @@ struct LossRows {
   StridedMatrix target_weight;  // null: ones
   const void* class_weight;     // contiguous; null: ones
 
-  void* statistics;    // rows x (row numbers + targets), float64
+  double* statistics;  // rows x (row numbers + targets)
   double* normalizer;  // what 'mean' divided by, else ones
   void* loss;          // () or (rows)
   void* z_term;        // like loss; cross_entropy only
@@ -55,7 +55,7 @@ struct GradientRows {
   StridedMatrix target;
   bool target_is_wide;
   const void* class_weight;  // cross_entropy only; contiguous; null: ones
-  const void* statistics;    // contiguous
+  const double* statistics;  // contiguous
   const double* normalizer;
   // rows x targets elements of the dtype of logits; null up to kHeldTargets targets per row.
   void* originals;

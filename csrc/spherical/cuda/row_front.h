@@ -56,7 +56,7 @@ inline GradientRows gradient_rows(const LossArguments& arguments, const Tensor& 
   rows.dtype = arguments.dtype;
   rows.target = strided_matrix(target);
   rows.target_is_wide = target.element_size() == 8;
-  rows.statistics = statistics.const_data_ptr();
+  rows.statistics = static_cast<const double*>(statistics.const_data_ptr());
   rows.normalizer = static_cast<const double*>(normalizer.const_data_ptr());
   if (originals) rows.originals = originals->data_ptr();
   return rows;

@@ -75,12 +75,12 @@ PYOPS_DEVICE Chunk<T> chunk_of(const GradientRows& g, const ColumnSplit& split, 
 template <class T>
 struct ChunkTargets {
   const GradientRows& g;
-  const StatisticOf<T>* gradients;  // of this row
-  T* originals;                     // of this row, for the targets beyond the first of each thread
+  const double* gradients;  // of this row
+  T* originals;             // of this row, for the targets beyond the first of each thread
   int64_t row, begin;
   int columns;
 
-  PYOPS_DEVICE double gradient(int64_t j) const { return double(gradients[j]); }
+  PYOPS_DEVICE double gradient(int64_t j) const { return gradients[j]; }
   PYOPS_DEVICE int64_t column(int64_t j) const { return read_class(g.target, g.target_is_wide, row, j); }
 
   // Where target j lies within the chunk, or -1.
@@ -223,6 +223,17 @@ PYOPS_DEVICE void stream_chunk(const Chunk<T>& chunk, const Formula& formula) {
   if (single >= 0) write_single(single, chunk, formula);
 }
 
+// The terms of so short a row cancel: in double the remainder is right. As on the CPU.
+constexpr int64_t kTinyRow = 4;
+
+template <class T, class Loss>
+PYOPS_DEVICE void write_tiny_row(const Chunk<T>& chunk, const Loss& loss, const typename Loss::Numbers& numbers) {
+  const int column = int(threadIdx.x);
+  if (column >= chunk.columns) return;
+  const double o = double(dev::widen(chunk.x[column]));
+  dev::narrow(loss.template value<T>(numbers, o, column), chunk.out[column]);
+}
+
 template <class T>
 PYOPS_DEVICE void zero_chunk(const Chunk<T>& chunk) {
   constexpr int width = dev::kVectorElements<T>;
@@ -233,11 +244,19 @@ PYOPS_DEVICE void zero_chunk(const Chunk<T>& chunk) {
   if (single >= 0) dev::narrow(RealOf<T>(0), chunk.out[single]);
 }
 
+// Whether row statistics [first, last) are all 0; for all lanes of a warp.
+PYOPS_DEVICE bool all_zero(const double* statistics, int64_t first, int64_t last) {
+  bool any = false;
+#pragma unroll 1
+  for (int64_t column = first + dev::lane(); column < last; column += 32) any = any || statistics[column] != 0;
+  return __any_sync(dev::kFullWarp, any) == 0;
+}
+
 // ---- kernel body ----------------------------------------------------------------------------------------
 
 // The whole of a backward kernel. `Loss` knows the formula of one loss:
 //   Numbers                         of a row, in shared memory: doubles, with `zero` and `target_scale`
-//   Numbers numbers<T>(g, row)      from statistics, upstream gradient and normaliser
+//   Numbers numbers(g, row)         from statistics, upstream gradient and normaliser; run by one warp
 //   double value<T>(numbers, o, k)  gradient of column k with logit o, without target gradients
 //   with_formula<T>(numbers, run)   calls run(formula): formula(o) or, if kWeighted, formula(o, class weight)
 // A row with `zero` is ignored: its gradient is exactly 0 and its logits, which may hold anything, do not enter.
@@ -245,13 +264,11 @@ template <class T, class Loss>
 PYOPS_DEVICE void write_gradient(const GradientRows& g, const ColumnSplit& split, int64_t row, const Loss& loss,
                                  typename Loss::Numbers* shared_numbers) {
   const Chunk<T> chunk = chunk_of<T>(g, split, row);
-  const StatisticOf<T>* statistics = static_cast<const StatisticOf<T>*>(g.statistics);
+  const double* gradients = g.statistics + row * (Loss::kRowNumbers + g.targets) + Loss::kRowNumbers;
   T* const originals = g.originals ? static_cast<T*>(g.originals) + row * g.targets : nullptr;
-  const ChunkTargets<T> targets{g,           statistics + row * (Loss::kRowNumbers + g.targets) + Loss::kRowNumbers,
-                                originals,   row,
-                                chunk.begin, chunk.columns};
+  const ChunkTargets<T> targets{g, gradients, originals, row, chunk.begin, chunk.columns};
   if (threadIdx.x < 32) {
-    const typename Loss::Numbers numbers = loss.template numbers<T>(g, row);
+    const typename Loss::Numbers numbers = loss.numbers(g, row);
     if (dev::lane() == 0) shared_numbers[0] = numbers;
   }
   const HeldTarget<T> held = hold_targets(chunk, targets, loss.message());
@@ -261,7 +278,11 @@ PYOPS_DEVICE void write_gradient(const GradientRows& g, const ColumnSplit& split
     zero_chunk(chunk);
     return;
   }
-  loss.template with_formula<T>(numbers, [&](const auto& formula) { stream_chunk(chunk, formula); });
+  if (g.classes <= kTinyRow) {
+    write_tiny_row(chunk, loss, numbers);
+  } else {
+    loss.template with_formula<T>(numbers, [&](const auto& formula) { stream_chunk(chunk, formula); });
+  }
   __syncthreads();
   write_targets(held, chunk, targets, loss, numbers);
 }

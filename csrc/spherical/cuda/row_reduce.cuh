@@ -16,10 +16,6 @@ namespace {
 template <class T>
 using RealOf = typename Accumulation<T>::type;
 
-// The type of a row statistic.
-template <class T>
-using StatisticOf = double;
-
 // ---- how rows are cut -----------------------------------------------------------------------------------
 
 // Kernels say with __launch_bounds__(threads, 3) or (threads, 2) how many blocks of 256 threads a multiprocessor must

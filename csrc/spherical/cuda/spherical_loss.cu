@@ -321,8 +321,7 @@ PYOPS_DEVICE TargetSums add_targets(const SphericalLossForward& f, int64_t row, 
                                     int lane, int lanes) {
   const LossRows& rows = f.rows;
   const T* logits = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-  StatisticOf<T>* gradients =
-      static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradient + rows.targets) + kTargetGradient;
+  double* gradients = rows.statistics + row * (kTargetGradient + rows.targets) + kTargetGradient;
   TargetSums own{};
   for (int64_t j = lane; j < rows.targets; j += lanes) {
     const Target target = read_target<T>(rows, row, j, out_of_range(f.options.loss));
@@ -333,7 +332,7 @@ PYOPS_DEVICE TargetSums add_targets(const SphericalLossForward& f, int64_t row, 
       own.class_weight += target.class_weight;
       own.counted += 1;
     }
-    gradients[j] = StatisticOf<T>(gradient);
+    gradients[j] = gradient;
   }
   return {{row_sum(own.partials.loss, lanes), row_sum(own.partials.slope, lanes), row_sum(own.partials.shift, lanes),
            row_sum(own.partials.smooth, lanes)},
@@ -352,9 +351,9 @@ PYOPS_DEVICE void finish_one_row(const SphericalLossForward& f, const RowSplit& 
   const double scale = counts ? inverse_scale(f.options, moments, double(rows.classes)) : 0;
   const TargetSums sums = add_targets<T>(f, row, moments, scale, lane, lanes);
   if (lane != 0) return;
-  StatisticOf<T>* statistics = static_cast<StatisticOf<T>*>(rows.statistics) + row * (kTargetGradient + rows.targets);
+  double* statistics = rows.statistics + row * (kTargetGradient + rows.targets);
   if (counts) {
-    write_row<typename Accumulation<T>::type>(f.options, statistics, moments, scale, sums.partials);
+    write_row<RealOf<T>>(f.options, statistics, moments, scale, sums.partials);
     totals[0] += sums.partials.loss;
     totals[1] += sums.class_weight / sums.counted;
   } else {
@@ -411,11 +410,27 @@ int launch_forward(const SphericalLossForward& f, const RowSplit& split, const R
 
 // ---- backward -------------------------------------------------------------------------------------------
 
+struct SphericalNumbers {
+  double center, inverse_scale, slope, shift, smooth, target_scale;
+  bool zero;
+};
+
+// Logits of 1e30 and more: o - center could overflow although its product with the scale does not. A power of two on
+// both costs no accuracy, and in the fused multiply-add no time.
 template <class Real>
 struct LinearFormula {
   static constexpr bool kWeighted = false;
-  Real center, inverse_scale, slope, shift;
-  PYOPS_DEVICE Real operator()(Real o) const { return ((o - center) * inverse_scale) * slope + shift; }
+  Real unit, center, inverse_scale, slope, shift;
+
+  PYOPS_DEVICE explicit LinearFormula(const SphericalNumbers& n) {
+    const double before = n.inverse_scale < 1e-30 ? 0x1p-20 : 1;
+    unit = Real(before);
+    center = Real(n.center * before);
+    inverse_scale = Real(n.inverse_scale / before);
+    slope = Real(n.slope);
+    shift = Real(n.shift);
+  }
+  PYOPS_DEVICE Real operator()(Real o) const { return ((o * unit - center) * inverse_scale) * slope + shift; }
 };
 
 template <class Real, SphericalLoss kLoss>
@@ -424,11 +439,6 @@ struct SmoothedFormula {
   LinearFormula<Real> linear;
   Real smooth, eps;
   PYOPS_DEVICE Real operator()(Real o) const { return linear(o) + smooth * smooth_term(kLoss, o, eps); }
-};
-
-struct SphericalNumbers {
-  double center, inverse_scale, slope, shift, smooth, target_scale;
-  bool zero;
 };
 
 // kLoss is z also for mse_onehot: what they share is that the gradient is linear in o. The other two are linear
@@ -441,20 +451,12 @@ struct SphericalGradient {
 
   PYOPS_DEVICE const char* message() const { return out_of_range(b.loss); }
 
-  template <class T>
   PYOPS_DEVICE Numbers numbers(const GradientRows& g, int64_t row) const {
-    const StatisticOf<T>* s = static_cast<const StatisticOf<T>*>(g.statistics) + row * (kTargetGradient + g.targets);
+    const double* s = g.statistics + row * (kTargetGradient + g.targets);
     const double upstream = read_number(g.grad_loss, g.grad_dtype, row * g.grad_stride);
     const double scale = upstream / g.normalizer[0];
-    bool zero = true;
-    for (int64_t column = kSlope; column < kTargetGradient + g.targets; ++column) zero = zero && s[column] == 0;
-    return {double(s[kCenter]),
-            double(s[kInverseScale]),
-            scale * s[kSlope],
-            scale * s[kShift],
-            scale * s[kSmooth],
-            scale,
-            zero};
+    const bool zero = all_zero(s, kSlope, kTargetGradient + g.targets);
+    return {s[kCenter], s[kInverseScale], scale * s[kSlope], scale * s[kShift], scale * s[kSmooth], scale, zero};
   }
 
   template <class T>
@@ -467,7 +469,7 @@ struct SphericalGradient {
   template <class T, class Run>
   PYOPS_DEVICE void with_formula(const Numbers& n, const Run& run) const {
     using Real = RealOf<T>;
-    const LinearFormula<Real> linear{Real(n.center), Real(n.inverse_scale), Real(n.slope), Real(n.shift)};
+    const LinearFormula<Real> linear(n);
     if constexpr (kLoss == SphericalLoss::z) {
       run(linear);
     } else if (n.smooth == 0) {

@@ -23,13 +23,12 @@ std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(const Tensor& logits_in, 
   const OptionalTensor weight = contiguous_or_none(weight_in);
   const ScalarType dtype = out_dtype.value_or(scalar_type_of(arguments.dtype));
   Tensor loss = new_loss(arguments, logits, reduction, dtype);
-  Tensor statistics =
-      new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, ScalarType::Double);
+  Tensor statistics = new_tensor(logits, {arguments.rows, kTargetGradient + arguments.targets}, ScalarType::Double);
   Tensor normalizer = new_tensor(logits, {}, ScalarType::Double);
   SphericalLossForward forward{
       loss_rows(arguments, logits, target, target_weight, weight, ignore_index, reduction, safe_mean), options};
   Tensor workspace = new_tensor(logits, {pyops_spherical_loss_workspace(&forward)}, ScalarType::Double);
-  forward.rows.statistics = statistics.mutable_data_ptr();
+  forward.rows.statistics = static_cast<double*>(statistics.mutable_data_ptr());
   forward.rows.normalizer = static_cast<double*>(normalizer.mutable_data_ptr());
   forward.rows.loss = loss.mutable_data_ptr();
   forward.rows.loss_dtype = dtype_of(dtype);
