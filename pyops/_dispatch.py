@@ -191,7 +191,8 @@ def use_backend(backend: str) -> Iterator[None]:
     if not choice:
         raise ValueError(f"use_backend: unknown backend {backend!r}; available: {_available()}")
     _install_routers()
-    token = _forced.set({**(_forced.get() or {}), **choice})
+    outer = {} if "" in choice else _forced.get() or {}  # a choice for all families replaces an outer one
+    token = _forced.set({**outer, **choice})
     try:
         yield
     finally:

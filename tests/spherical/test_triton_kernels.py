@@ -687,12 +687,10 @@ def test_two_runs_are_bitwise_equal(kind):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["z", "cross_entropy"])
 @pytest.mark.parametrize("classes", [31, 5000])
 def test_gradient_sums_to_zero_over_a_row(kind, classes):
     """Softmax and the Z-loss do not see a common shift; the Z-loss not a common factor either."""
-    if kind not in ("z", "cross_entropy"):
-        pytest.skip("not invariant")
     problem = make(3, classes, torch.float64, ignore=False, eps=0.0, square_scale=0.0, reduction=2)
     *_, grad = check(kind, problem)
     assert grad.sum(1).abs().max() < 1e-14
