@@ -20,8 +20,8 @@ using RealOf = typename Accumulation<T>::type;
 
 // Kernels say with __launch_bounds__(threads, 3) or (threads, 2) how many blocks of 256 threads a multiprocessor must
 // be able to hold: 768 threads with four loads of 16 bytes each are 48 KiB in flight, several times what an H100 needs
-// to hide the latency of its memory (13 bytes per clock and multiprocessor, about 900 clocks). A bound without the
-// second number lets the compiler aim for more blocks and spill.
+// to hide the latency of its memory (estimated: 13 bytes per clock and multiprocessor, about 900 clocks). A bound
+// without the second number lets the compiler aim for more blocks and spill.
 constexpr int kVectorsInFlight = 4;                   // independent 16-byte loads of a thread
 constexpr int kMaximumThreads = 256;                  // of a forward block
 constexpr int64_t kFilledThreads = int64_t(1) << 17;  // 1024 on each of 128 multiprocessors
@@ -38,7 +38,8 @@ struct RowSplit {
 };
 
 // The one launch decision of a forward pass; a function of the shape alone, so that results do not depend on the
-// device. A step is what one thread reads at once: kVectorsInFlight vectors of 16 bytes.
+// device. A step is what one thread reads at once: kVectorsInFlight vectors of 16 bytes. The times are estimates; none
+// of this has been measured on a GPU yet.
 //  - Many rows: about eight steps per thread. That pays for the start of a block (target lookup, 1 us) and its end
 //    (merge and row formula, 1 to 2 us), and blocks stay small enough that the last wave of blocks costs little.
 //    A row of 4096 bfloat16 is then the work of one warp, a row of 64k and more of 256 threads.
