@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from pyops.triton_kernels.spherical import _common, cross_entropy, spherical_loss
 
 from pyops.spherical import reference
@@ -314,6 +316,43 @@ def test_layouts_and_dtypes_of_targets(kind):
         again = forward(kind, dataclasses.replace(problem, target=other, weight=weight, target_weight=target_weight))
         assert torch.equal(again[0], loss)
         assert torch.equal(again[2], statistics)
+
+
+@triton.jit
+def _store_skews(out, row_stride, lead, VECTOR: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    tl.store(out + row, _common.row_skew(row, row_stride, lead, True, VECTOR))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("row_stride", "offset"), [(4097, 0), (4097, 3), (4104, 5), (5000, 1), (4099, 7)])
+def test_peeled_rows_start_at_16_bytes(dtype, row_stride, offset):
+    """What the kernels promise to the compiler and no interpreter checks: a broken promise is a fault on a GPU."""
+    rows = 16
+    storage = torch.empty(rows * row_stride + 16, dtype=dtype, device=DEVICE)
+    logits = storage[offset:].as_strided((rows, 4096), (row_stride, 1), offset)
+    plan = _common.plan_rows(logits)
+    skews = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    if plan.peel:
+        _store_skews[(1,)](skews, row_stride, plan.lead, VECTOR=plan.vector, ROWS=rows)
+    for row, skew in enumerate(skews.tolist()):
+        assert 0 <= skew < plan.vector
+        assert (logits[row].data_ptr() - skew * dtype.itemsize) % 16 == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sum_over_many_finishing_programs(parts):
+    blocks = 2 * _common.REDUCE_LANES + 5
+    block_sums = torch.rand(2 * parts, blocks, dtype=torch.float64, device=DEVICE)
+    loss, z_term = torch.empty((), device=DEVICE), torch.empty((), device=DEVICE)
+    normalizer = torch.empty(parts, dtype=torch.float64, device=DEVICE)
+    outputs = _common.Outputs(loss, z_term if parts == 2 else None, loss, normalizer, block_sums)
+    _common.finish_reduction(outputs, reduction=1, safe_mean=False)
+    totals = block_sums.sum(1)
+    torch.testing.assert_close(normalizer, totals[1::2])
+    torch.testing.assert_close(loss, (totals[::2] / totals[1::2]).sum().float())
+    if parts == 2:
+        torch.testing.assert_close(z_term, (totals[2] / totals[3]).float())
 
 
 def test_rows_beyond_2_31_elements():
