@@ -226,7 +226,7 @@ def build(case: Case, compiled: bool) -> Prepared:
 
 LARGE = (2048, 32768)  # 256 MiB in float32, far larger than a cache
 LANGUAGE_MODEL = (512, 50257)
-MEDIUM = (128, 50257)  # 25 MB in float32: more than a core's own caches, yet 100 rounds take a second or two
+MEDIUM = (64, 50257)  # 13 MB in float32
 SMALL = (64, 1000)
 TINY = (4, 8)
 

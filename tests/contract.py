@@ -382,27 +382,47 @@ def placed(tensor: Tensor, buffer_shape: tuple[int, ...], where: Callable[[Tenso
     return view
 
 
-def layouts(tensor: Tensor, *, written: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Views of every kind, each to be compared with its own contiguous copy. A tensor that will be written cannot
-    overlap itself, and torch does not write through a negative bit."""
-    shape = tensor.shape
+def layout_makers(tensor: Tensor, written: bool = False) -> dict[str, Callable[[], Tensor]]:
+    """Views of every kind by name, made when called. The first few keep the values; the others change them. A tensor
+    that will be written cannot overlap itself, and torch does not write through a negative bit."""
+    shape, dims = tensor.shape, range(tensor.dim())
+    makers: dict[str, Callable[[], Tensor]] = {}
     for dim, size in enumerate(shape):
         doubled = (*shape[:dim], 2 * size + 3, *shape[dim + 1 :])
-        steps = [slice(None)] * dim + [slice(3, None, 2)]
-        yield f"every second along {dim}", placed(tensor, doubled, lambda t, steps=steps: t[tuple(steps)])
-        yield f"padded along {dim}", placed(tensor, doubled, lambda t, dim=dim, size=size: t.narrow(dim, 1, size))
-        yield f"flipped along {dim}", tensor.flip(dim)
-        if size and not written:
-            yield f"expanded along {dim}", tensor.narrow(dim, 0, 1).expand(shape)
-    for order in itertools.islice(itertools.permutations(range(tensor.dim())), 1, 6):
-        inverse = [order.index(dim) for dim in range(tensor.dim())]
-        yield f"stored as {order}", tensor.permute(order).contiguous().permute(inverse)
+        steps = (*[slice(None)] * dim, slice(3, None, 2))
+        padding = (*[slice(None)] * dim, slice(1, 1 + size))
+        makers[f"every second along {dim}"] = functools.partial(placed, tensor, doubled, lambda t, at=steps: t[at])
+        makers[f"padded along {dim}"] = functools.partial(placed, tensor, doubled, lambda t, at=padding: t[at])
+    for order in itertools.islice(itertools.permutations(dims), 1, 6):
+        inverse = [order.index(dim) for dim in dims]
+        makers[f"stored as {order}"] = lambda order=order, inverse=inverse: (
+            tensor.permute(order).contiguous().permute(inverse)
+        )
     if tensor.dim() == 4:
-        yield "channels last", tensor.contiguous(memory_format=torch.channels_last)
-    if tensor.dim() > 1 and tensor.numel() and not written:
-        yield "overlapping rows", tensor.reshape(-1).as_strided(shape, [1] * tensor.dim())
+        makers["channels last"] = lambda: tensor.contiguous(memory_format=torch.channels_last)
     if tensor.is_floating_point() and not written:
-        yield "negative bit", torch._neg_view(-tensor)
+        makers["negative bit"] = lambda: torch._neg_view(-tensor)
+    for dim in dims:
+        makers[f"flipped along {dim}"] = lambda dim=dim: tensor.flip(dim)
+        if shape[dim] and not written:
+            makers[f"expanded along {dim}"] = lambda dim=dim: tensor.narrow(dim, 0, 1).expand(shape)
+    if tensor.dim() > 1 and tensor.numel() and not written:
+        makers["overlapping rows"] = lambda: tensor.reshape(-1).as_strided(shape, [1] * tensor.dim())
+    return makers
+
+
+def layouts(tensor: Tensor, *, written: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Views of every kind, each to be compared with its own contiguous copy."""
+    for name, make in layout_makers(tensor, written).items():
+        yield name, make()
+
+
+def drawn_layout(data: st.DataObject, name: str, tensor: Tensor) -> Tensor:
+    """A random view of the same values."""
+    makers = layout_makers(tensor)
+    kept = [kind for kind in makers if not kind.startswith(("flipped", "expanded", "overlapping"))]
+    kind = data.draw(st.sampled_from(["contiguous", *kept]), f"layout of {name}")
+    return makers.get(kind, lambda: tensor)()
 
 
 def misaligned(tensor: Tensor, offset: int) -> Tensor:
@@ -557,8 +577,8 @@ def test_sizes_one_prime_and_around_tiles(function, backend, count_cases):
             if is_slow(backend) and value > 70:
                 continue
             for variant, dtype in kinds[:1] if is_slow(backend) else kinds:
-                sizes = {**function.sizes, size: value}
-                call = on_device(function.make(variant, dtype, seed=value, **sizes), backend)
+                others = {n: min(number, 2) if value > 1000 else number for n, number in function.sizes.items()}
+                call = on_device(function.make(variant, dtype, seed=value, **others | {size: value}), backend)
                 check_accuracy(function, call, f"{size} = {value}, {variant}")
                 cases += 1
     count_cases(cases)
@@ -608,6 +628,8 @@ def extreme_values(dtype: torch.dtype) -> dict[str, tuple[float, ...]]:
 @on_every_backend
 def test_extreme_values(function, values, dtype, backend):
     """Finite where the formula is, by the accuracy rule."""
+    if backend == "triton-interpreted" and dtype == torch.bfloat16 and "denormals" in values:
+        pytest.skip("Triton's interpreter converts bfloat16 subnormals to other numbers")
     call = function.make(function.per_row, dtype)
     pattern = torch.tensor(extreme_values(dtype)[values], dtype=dtype)
     for name in function.differentiable:
@@ -1094,7 +1116,7 @@ def loss_of(function: Function, call: Call) -> tuple[Callable[..., Tensor], tupl
 
 
 def small(function: Function, variant: str, dtype: torch.dtype = torch.float64) -> Call:
-    return function.make(variant, dtype, **{name: min(size, 5) for name, size in function.sizes.items()})
+    return function.make(variant, dtype, **{name: min(size, 4) for name, size in function.sizes.items()})
 
 
 @pytest.mark.row("R20")
@@ -1245,7 +1267,7 @@ def test_forward_mode_through_operators_is_right_or_raises(differentiable_op):
 
 
 def stacked(function: Function, variant: str, count: int, dtype: torch.dtype = torch.float64) -> list[Call]:
-    sizes = {name: min(size, 5) for name, size in function.sizes.items()}
+    sizes = {name: min(size, 4) for name, size in function.sizes.items()}
     return [function.make(variant, dtype, seed=seed, **sizes) for seed in range(count)]
 
 
@@ -1966,12 +1988,7 @@ def test_fuzz(function, backend, count_cases):
         nonlocal cases
         cases += 1
         call = data.draw(function.calls(is_slow(backend)), "call")
-        views = {}
-        for name, tensor in call.given().items():
-            kept = {label: view for label, view in layouts(tensor) if torch.equal(view, tensor)}
-            views[name] = data.draw(
-                st.sampled_from(["contiguous", *kept]).map(lambda label, k=kept, t=tensor: k.get(label, t)), name
-            )
+        views = {name: drawn_layout(data, name, tensor) for name, tensor in call.given().items()}
         check_accuracy(function, call.replace(**views))
 
     check()

@@ -37,7 +37,7 @@ TOKENS_PER_FILE = (
 )
 CONTEXT, EMBEDDING, HIDDEN = 12, 48, 192
 BATCH = 512
-STEPS = 300
+STEPS = 350
 MINUTES = 3.0
 SECONDS_FOR_ROWS = 60  # of MINUTES, kept for the table of ops
 SECONDS_FOR_END = 20  # of these, kept for what follows the last torch.compile
@@ -134,16 +134,22 @@ class Setting:
     learning_rate: float
 
 
+# Tuned for MRR after 350 steps on the last 15 % of the training text (other text than the held-out files, another
+# seed); both losses had the learning rates 0.003, 0.01, 0.02, 0.04, 0.08, 0.16, of which 0.08 was best for both.
+# cross_entropy: MRR 0.535, 0.542, 0.547, 0.554, 0.550 from 0.01 on. z_loss, whose a and b were first chosen on a grid
+# of a in {0.03, 0.1, 0.3, 1, 3} and b in {0, 4, 10, 30, 60, 100} over 120 steps, at a = 0.1 and rate 0.08:
+# b = 30: MRR 0.505 (top-1 38.3 %, top-10 72.5 %, top-100 80.9 %), b = 60: 0.543 (44.2, 72.5, 80.1),
+# b = 80: 0.547 (45.1, 71.6, 79.8); a = 1, b = 60: 0.526. cross_entropy there: 45.8, 72.3, 80.7.
 SETTINGS = (
     Setting(
         "z_loss",
-        lambda logits, target: pyops.z_loss(logits, target, a=1.0, b=10.0, ignore_index=IGNORED, inplace_backward=True),
-        3e-3,
+        lambda logits, target: pyops.z_loss(logits, target, a=0.1, b=80.0, ignore_index=IGNORED, inplace_backward=True),
+        0.08,
     ),
     Setting(
         "cross_entropy",
         lambda logits, target: pyops.cross_entropy(logits, target, ignore_index=IGNORED, inplace_backward=True),
-        3e-3,
+        0.08,
     ),
 )
 RIVAL = Setting(

@@ -539,10 +539,10 @@ def backward_rejections(name: str) -> Iterator[Rejection]:
         f"{wide}[{rows}, {columns + several - 1}]",
     )
     yield Rejection(
-        "statistics double",
-        lambda a: {**a, "statistics": a["statistics"].double()},
+        "statistics float",
+        lambda a: {**a, "statistics": a["statistics"].float()},
         RuntimeError,
-        "statistics must be float32, got float64",
+        "statistics must be float64, got float32",
     )
     yield Rejection(
         "normalizer float",
@@ -650,11 +650,11 @@ def describe_ops(forward: str, names: tuple[str, ...], public_name: Callable) ->
         differentiable=("logits",),
         rejections=(*forward_rejections(first), *extra),
     )
-    saved = {"grad_loss": FLOATING, "statistics": float_like, "normalizer": (torch.float64,)}
+    saved = {"grad_loss": FLOATING, "statistics": (torch.float64,), "normalizer": (torch.float64,)}
     if first == "cross_entropy":
         saved["weight"] = float_like  # of the dtype of logits, which are float32 then
     else:
-        accepts = accepts | {"logits": (torch.float32, torch.bfloat16, torch.float16)}
+        accepts = accepts | {"logits": FLOATING}
     for suffix in ("_backward", "_backward_"):
         yield Op(
             name=forward + suffix,

@@ -561,7 +561,7 @@ def test_smoothing_of_huge_logits(kind):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_z_loss_far_from_its_knee(dtype):
     """a (b - z) of both signs up to 5000: overflow-safe, and accurate to the last digit where the loss is tiny."""
-    for a, b in ((100.0, 50.0), (100.0, -50.0), (30.0, 0.0), (1e-3, 4.0)):
+    for a, b in ((100.0, 50.0), (100.0, -50.0), (10.0, -6.0), (1e-3, 4.0)):
         problem = make(5, 30, dtype, a=a, b=b, reduction=0, ignore=False)
         logits = problem.logits.double().requires_grad_()
         z = (logits - logits.mean(1, keepdim=True)) / (logits.var(1, correction=0, keepdim=True) + 1e-12).sqrt()

@@ -439,6 +439,11 @@ def grad_aligned(logits: Tensor, grad_logits: Tensor, plan: Plan) -> bool:
     return logits.size(0) <= 1 or (logits.stride(0) - grad_logits.stride(0)) % plan.vector == 0
 
 
+def gradient_registers(logits: Tensor, plan: Plan, aligned: bool, target_count: int) -> int | None:
+    """The limit for a backward (see `launch`): none where occupancy decides, on long rows with one target."""
+    return None if plan.tile == configs(logits.dtype)[-1] and aligned and target_count == 1 else 255
+
+
 # ---------------------------------------------------------------------------------------------------- support
 
 

@@ -382,7 +382,7 @@ def _write_gradient(grad_loss, logits, target, weight, statistics, normalizer, g
             plan.column_blocks,
             ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel, VECTOR=plan.vector,
             GRAD_ALIGNED=grad_aligned, ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.num_warps, registers=None if grad_aligned else 255,
+            num_warps=tile.num_warps, registers=_common.gradient_registers(logits, plan, grad_aligned, target.size(1)),
         )  # fmt: skip
 
 

@@ -537,7 +537,7 @@ def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps
             plan.column_blocks, eps,
             LOSS=LOSSES.index(loss), ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel,
             VECTOR=plan.vector, GRAD_ALIGNED=grad_aligned, ROWS=tile.rows,
-            COLUMNS=tile.columns, num_warps=tile.num_warps, registers=None if grad_aligned else 255,
+            COLUMNS=tile.columns, num_warps=tile.num_warps, registers=_common.gradient_registers(logits, plan, grad_aligned, target.size(1)),
         )  # fmt: skip
 
 
