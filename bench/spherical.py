@@ -155,6 +155,9 @@ _TIMED = {
 }
 
 
+SPHERICAL = ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss", "mse_onehot_loss")  # by their numbers
+
+
 def _dispatcher_call(op: str, logits: Tensor, target: Tensor) -> Timed:
     """The op below the autograd keys: what any Python function around it pays at least."""
     if op.startswith("cross_entropy"):
@@ -162,7 +165,7 @@ def _dispatcher_call(op: str, logits: Tensor, target: Tensor) -> Timed:
         name, arguments = "cross_entropy", (0.0, scale, -100, 1, False, None)
     else:
         a, b, eps = {"z_loss": (1.0, 4.0, 1e-12), "spherical_softmax_loss": (1.0, 0.0, EPS)}.get(op, (1.0, 0.0, 0.0))
-        name, arguments = "spherical_loss", (op.removesuffix("_loss"), a, b, eps, 0.0, -100, 1, False, None)
+        name, arguments = "spherical_loss", (SPHERICAL.index(op), a, b, eps, 0.0, -100, 1, False, None)
     packet = getattr(torch.ops.pyops, name).default
 
     def run(_):

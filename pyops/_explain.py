@@ -12,7 +12,7 @@ from pyops.spherical import reference_ops as _reference_ops  # noqa: F401  (regi
 from pyops.spherical import spherical_loss as _spherical_loss
 
 
-def _spherical(loss: str, function: Callable) -> tuple[str, Callable]:
+def _spherical(loss: int, function: Callable) -> tuple[str, Callable]:
     def arguments(bound: dict) -> tuple:
         bound.pop("inplace_backward")
         defaults = dict(a=1.0, b=0.0, eps=0.0)
@@ -30,11 +30,13 @@ def _softmax(bound: dict) -> tuple:
 # Public function -> (dispatcher op, function, its arguments as those of the op).
 _FUNCTIONS = {
     function.__name__: _spherical(loss, function)
-    for loss, function in (
-        ("z", _spherical_loss.z_loss),
-        ("taylor_softmax", _spherical_loss.taylor_softmax_loss),
-        ("spherical_softmax", _spherical_loss.spherical_softmax_loss),
-        ("mse_onehot", _spherical_loss.mse_onehot_loss),
+    for loss, function in enumerate(
+        (
+            _spherical_loss.z_loss,
+            _spherical_loss.taylor_softmax_loss,
+            _spherical_loss.spherical_softmax_loss,
+            _spherical_loss.mse_onehot_loss,
+        )
     )
 } | {"cross_entropy": ("cross_entropy", _cross_entropy.cross_entropy, _softmax)}
 

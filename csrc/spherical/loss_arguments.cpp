@@ -3,7 +3,6 @@
 namespace pyops {
 namespace {
 
-const char* const kLossNames[4] = {"z", "taylor_softmax", "spherical_softmax", "mse_onehot"};
 const char* const kForwardNames[4] = {"z_loss", "taylor_softmax_loss", "spherical_softmax_loss", "mse_onehot_loss"};
 const char* const kBackwardNames[4] = {"z_loss_backward", "taylor_softmax_loss_backward",
                                        "spherical_softmax_loss_backward", "mse_onehot_loss_backward"};
@@ -92,20 +91,19 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
   return arguments;
 }
 
-SphericalLoss parse_spherical_loss(const std::string& name) {
-  for (int loss = 0; loss < 4; ++loss) {
-    if (name == kLossNames[loss]) return static_cast<SphericalLoss>(loss);
-  }
-  reject<std::runtime_error>("spherical_loss", "loss", "be z, taylor_softmax, spherical_softmax or mse_onehot", name);
+SphericalLoss check_spherical_loss(int64_t loss) {
+  PYOPS_CHECK(loss >= 0 && loss <= 3, "spherical_loss", "loss",
+              "be 0 (z), 1 (taylor_softmax), 2 (spherical_softmax) or 3 (mse_onehot)", loss);
+  return static_cast<SphericalLoss>(loss);
 }
 
 const char* spherical_op_name(SphericalLoss loss, bool backward) {
   return (backward ? kBackwardNames : kForwardNames)[static_cast<int>(loss)];
 }
 
-SphericalOptions check_spherical_options(const std::string& loss, double a, double b, double eps,
+SphericalOptions check_spherical_options(int64_t loss, double a, double b, double eps,
                                          double label_smoothing) {
-  const SphericalLoss kind = parse_spherical_loss(loss);
+  const SphericalLoss kind = check_spherical_loss(loss);
   const char* op = spherical_op_name(kind, false);
   PYOPS_CHECK(a > 0, op, "a", "be positive", a);
   PYOPS_CHECK(b == b, op, "b", "be a number", b);

@@ -29,11 +29,10 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
                                        const Tensor& target, const Tensor& statistics, const Tensor& normalizer,
                                        int64_t columns, int64_t normalizers);
 
-// "z", "taylor_softmax", "spherical_softmax" or "mse_onehot".
-SphericalLoss parse_spherical_loss(const std::string& name);
+SphericalLoss check_spherical_loss(int64_t loss);
 const char* spherical_op_name(SphericalLoss loss, bool backward);
 
-SphericalOptions check_spherical_options(const std::string& loss, double a, double b, double eps,
+SphericalOptions check_spherical_options(int64_t loss, double a, double b, double eps,
                                          double label_smoothing);
 
 // Rows of logits that share memory cannot be overwritten by their gradient.

@@ -22,6 +22,9 @@ enum class SphericalLoss : int { z = 0, taylor_softmax = 1, spherical_softmax = 
 // one or two classes, the row numbers cancel, and in float32 their rounding would be all that is left.
 enum SphericalStatistics : int { kCenter = 0, kInverseScale, kSlope, kShift, kSmooth, kTargetGradient };
 
+// Rows of so few logits are computed in double throughout: their terms cancel to what rounding would hide.
+constexpr int64_t kTinyRow = 4;
+
 struct SphericalOptions {
   SphericalLoss loss;
   double a, b, eps, label_smoothing;
@@ -37,11 +40,18 @@ struct RowPartials {
   double loss, slope, shift, smooth;
 };
 
+PYOPS_HOST_DEVICE static inline bool finite(double x) { return x - x == 0; }
+
 // Chan's merge of (count, mean, m2); counts are elements seen so far.
 PYOPS_HOST_DEVICE static inline void merge_moments(double& count, RowMoments& total, double other_count,
                                                    const RowMoments& other) {
   const double sum = count + other_count;
   if (other_count == 0) return;
+  if (!finite(other.m2) || !finite(total.m2)) {  // infinities stay infinities, where their difference would be NaN
+    total = {total.mean + other.mean, total.m2 + other.m2, total.sum_log + other.sum_log};
+    count = sum;
+    return;
+  }
   const double delta = other.mean - total.mean;
   const double share = other_count / sum;
   total.mean += delta * share;
@@ -62,10 +72,13 @@ PYOPS_HOST_DEVICE static inline Real unnormalised(SphericalLoss loss, Real o, Re
   return loss == SphericalLoss::taylor_softmax ? Real(1) + o + Real(0.5) * o * o : o * o + eps;
 }
 
-// d log n(o) / d o, which `smooth` multiplies.
+// d log n(o) / d o, which `smooth` multiplies: 2 u / (u^2 + e) with u = 1 + o and e = 1, or u = o and e = eps.
 template <class Real>
 PYOPS_HOST_DEVICE static inline Real smooth_term(SphericalLoss loss, Real o, Real eps) {
-  return (loss == SphericalLoss::taylor_softmax ? Real(1) + o : Real(2) * o) / unnormalised(loss, o, eps);
+  const bool taylor = loss == SphericalLoss::taylor_softmax;
+  const Real u = taylor ? Real(1) + o : o, e = taylor ? Real(1) : eps;
+  const bool square_overflows = u * u - u * u != 0 && u - u == 0;
+  return square_overflows ? Real(2) / u : (u + u) / (u * u + e);
 }
 
 PYOPS_HOST_DEVICE static inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
@@ -76,11 +89,21 @@ PYOPS_HOST_DEVICE static inline double sigmoid(double x) {
   return e / (1 + e);
 }
 
+// A row with an infinity and no NaN has m2 = inf, and a mean that may be inf - inf.
+PYOPS_HOST_DEVICE static inline double sum_of_squares(const RowMoments& row, double classes) {
+  return row.m2 == HUGE_VAL ? row.m2 : row.m2 + classes * row.mean * row.mean;
+}
+
 // (o - mean) is multiplied by this before it is multiplied by `slope`: kept apart from slope because their
 // product can overflow float32 when sigma is tiny although the gradient itself does not.
 PYOPS_HOST_DEVICE static inline double inverse_scale(const SphericalOptions& options, const RowMoments& row,
                                                      double classes) {
-  if (options.loss != SphericalLoss::z) return 1;
+  if (options.loss == SphericalLoss::mse_onehot) return 1;
+  if (options.loss != SphericalLoss::z) {
+    // At the largest logits slope = 1/total is below float32, although slope * o is not: a power of two moves between.
+    const double squares = sum_of_squares(row, classes) / classes;
+    return squares > 1e30 && finite(squares) ? ldexp(1.0, -ilogb(squares) / 2) : 1;
+  }
   const double sigma = sqrt(row.m2 / classes + options.eps);
   // Equal logits and eps = 0: loss softplus(a b)/a, gradient 0. One class: z is 0 whatever its logit, so this is
   // exact, where 1/sigma = 1/sqrt(eps) would leave the rounding of two equal terms of 1e6.
@@ -109,24 +132,25 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * row.m2;
       const double n = unnormalised(options.loss, o, options.eps);
       partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
-      partials.slope += omega / total;
+      partials.slope += omega / total / scale;
       partials.shift += omega / total;
       partials.smooth -= omega * smoothing / classes;
       return -omega * keep * (1 + o) / n;
     }
     case SphericalLoss::spherical_softmax: {
-      const double total = row.m2 + classes * (mean * mean + options.eps);
+      const double total = sum_of_squares(row, classes) + classes * options.eps;
       const double n = unnormalised(options.loss, o, options.eps);
       partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
-      partials.slope += 2 * omega / total;
+      partials.slope += 2 * omega / total / scale;
       partials.smooth -= omega * smoothing / classes;
       return -2 * omega * keep * o / n;
     }
     case SphericalLoss::mse_onehot: {
       // sum_k (o_k - t_k)^2 with t = keep * onehot + smoothing / D.
-      const double squares = row.m2 + classes * mean * mean;
+      const double squares = sum_of_squares(row, classes);
       const double target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes;
-      partials.loss += omega * (squares - 2 * (keep * o + smoothing * mean) + target_squares);
+      const double cross = squares == HUGE_VAL ? 0 : 2 * (keep * o + smoothing * mean);
+      partials.loss += omega * (squares - cross + target_squares);
       partials.slope += 2 * omega;
       partials.shift -= 2 * omega * smoothing / classes;
       return -2 * omega * keep;

@@ -109,9 +109,15 @@ def backward(op, grad_loss, logits, target, statistics, normalizer, columns: int
         reject(op, "normalizer", f"have {normalizers} elements", _shape(normalizer))
 
 
-def spherical_options(op: str, loss: str, a: float, b: float, eps: float) -> None:
-    if loss not in SPHERICAL_LOSSES:
-        reject("spherical_loss", "loss", "be z, taylor_softmax, spherical_softmax or mse_onehot", loss)
+def spherical_name(loss: int, suffix: str = "") -> str:
+    """The public name of a spherical loss by its number, for messages."""
+    if not 0 <= loss < len(SPHERICAL_LOSSES):
+        rule = "be 0 (z), 1 (taylor_softmax), 2 (spherical_softmax) or 3 (mse_onehot)"
+        reject("spherical_loss", "loss", rule, loss)
+    return f"{SPHERICAL_LOSSES[loss]}_loss{suffix}"
+
+
+def spherical_options(op: str, a: float, b: float, eps: float) -> None:
     if not a > 0:
         reject(op, "a", "be positive", f"{a:g}")
     if b != b:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
-SPHERICAL_LOSSES = ("z", "taylor_softmax", "spherical_softmax", "mse_onehot")
+SPHERICAL_LOSSES = ("z", "taylor_softmax", "spherical_softmax", "mse_onehot")  # by the number that the ops take
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,6 +90,7 @@ def spherical_loss(
         mean = logits.mean(1, keepdim=True)
         constant = keep * keep + (2 * keep + label_smoothing) * label_smoothing / classes
         terms = squares - 2 * (keep * chosen + label_smoothing * mean) + constant
+        terms = torch.where(squares.isposinf(), squares, terms)
     else:
         if loss == "taylor_softmax":
             unnormalised = 1 + logits + 0.5 * logits.square()

@@ -51,14 +51,16 @@ def spherical_loss(
     logits, target, target_weight, weight, loss, a, b, eps, label_smoothing, ignore_index, reduction, safe_mean,
     out_dtype,
 ):  # fmt: skip
-    name = reference_name(loss)
-    _checks.spherical_options(name, loss, a, b, eps)
+    name = _checks.spherical_name(loss)
+    loss = reference.SPHERICAL_LOSSES[loss]
+    _checks.spherical_options(name, a, b, eps)
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
     o, index, _own, omega, row_weight, ignored = _prepare(name, logits, target, target_weight, weight, ignore_index)
     classes, keep = o.shape[1], 1 - label_smoothing
     chosen = o.gather(1, index)
     mean = o.mean(1, keepdim=True)
-    squares = (o - mean).square().sum(1, keepdim=True)
+    squares = torch.where(mean.isfinite(), o - mean, o).square().sum(1, keepdim=True)
+    sum_of_squares = torch.where(squares.isposinf(), squares, squares + classes * mean.square())
     scale, smooth, log_sum = torch.ones_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
     if loss == "z":
         sigma = (squares / classes + eps).sqrt()
@@ -72,8 +74,8 @@ def spherical_loss(
         target_gradient = -rho * scale
     elif loss == "mse_onehot":
         constant = keep * keep + (2 * keep + label_smoothing) * label_smoothing / classes
-        total = squares + classes * mean.square()
-        terms = omega * (total - 2 * (keep * chosen + label_smoothing * mean) + constant)
+        cross = 2 * (keep * chosen + label_smoothing * mean)
+        terms = omega * (sum_of_squares - cross.where(sum_of_squares.isfinite(), 0) + constant)
         slope = 2 * omega.sum(1, keepdim=True)
         shift = -slope * label_smoothing / classes
         target_gradient = -2 * omega * keep
@@ -82,14 +84,17 @@ def spherical_loss(
         total = (
             classes * (1 + mean + 0.5 * mean.square()) + 0.5 * squares
             if taylor
-            else squares + classes * (mean.square() + eps)
+            else sum_of_squares + classes * eps
         )
         n = 1 + chosen + 0.5 * chosen.square() if taylor else chosen.square() + eps
         if label_smoothing:
             log_sum = (1 + o + 0.5 * o.square() if taylor else o.square() + eps).log().sum(1, keepdim=True)
         terms = omega * (total.log() - keep * n.log() - label_smoothing / classes * log_sum)
         weights = omega.sum(1, keepdim=True)
-        slope = weights / total * (1 if taylor else 2)
+        # At the largest logits slope = 1/total is below float32, although slope * o is not.
+        huge = (sum_of_squares > 1e30 * classes) & sum_of_squares.isfinite()
+        scale = torch.where(huge, torch.exp2(-(0.5 * (sum_of_squares / classes).log2()).floor()), scale)
+        slope = weights / total * (1 if taylor else 2) / scale
         shift = weights / total if taylor else torch.zeros_like(total)
         smooth = -weights * label_smoothing / classes
         target_gradient = -omega * keep * (1 + chosen if taylor else 2 * chosen) / n
@@ -106,10 +111,6 @@ def spherical_loss(
     return _reduced(rows, reduction, divisor, out_dtype or logits.dtype), statistics, divisor
 
 
-def reference_name(loss: str) -> str:
-    return loss + "_loss" if loss in reference.SPHERICAL_LOSSES else "spherical_loss"
-
-
 def _add_targets(grad, logits, target, gradients, scale):
     counts = gradients != 0
     index = torch.where(counts, target if target.dim() == 2 else target.unsqueeze(1), 0).long()
@@ -119,13 +120,12 @@ def _add_targets(grad, logits, target, gradients, scale):
 
 
 def spherical_loss_backward(grad_loss, logits, target, statistics, normalizer, loss, eps):
-    name = reference_name(loss) + "_backward"
-    if loss not in reference.SPHERICAL_LOSSES:
-        _checks.spherical_options("spherical_loss", loss, 1, 0, 0)
+    name = _checks.spherical_name(loss, "_backward")
+    loss = reference.SPHERICAL_LOSSES[loss]
     _checks.backward(name, grad_loss, logits, target, statistics, normalizer, 5, 1)
     row = statistics.double()
     center, inverse, slope, shift, smooth = (row[:, i : i + 1] for i in range(5))
-    zero = (slope == 0) & (shift == 0) & (smooth == 0)
+    zero = (inverse == 0) & (slope == 0) & (shift == 0) & (smooth == 0)
     scale = (grad_loss.double() / normalizer).expand(logits.shape[0]).unsqueeze(1)
     o = torch.where(zero, torch.zeros_like(logits), logits).double()
     grad = scale * (slope * ((o - center) * inverse) + shift)

@@ -28,12 +28,8 @@ _op_backward = torch.ops.pyops.spherical_loss_backward.default
 _op_backward_in_place = torch.ops.pyops.spherical_loss_backward_.default
 
 _COLUMNS = 5  # row statistics before the target gradients; csrc/spherical/spherical_loss_formula.h
-_NAMES = dict(
-    z="z_loss",
-    taylor_softmax="taylor_softmax_loss",
-    spherical_softmax="spherical_softmax_loss",
-    mse_onehot="mse_onehot_loss",
-)
+_Z, _TAYLOR_SOFTMAX, _SPHERICAL_SOFTMAX, _MSE_ONEHOT = range(4)
+_NAMES = [_checks.spherical_name(loss) for loss in range(4)]
 
 
 # ---- the op: fake, autograd, autocast, reference backend ---------------------------------------------------
@@ -44,8 +40,8 @@ def _fake(
     logits, target, target_weight, weight, loss, a, b, eps, label_smoothing, ignore_index, reduction, safe_mean,
     out_dtype,
 ):  # fmt: skip
-    op = _NAMES.get(loss, "spherical_loss")
-    _checks.spherical_options(op, loss, a, b, eps)
+    op = _checks.spherical_name(loss)
+    _checks.spherical_options(op, a, b, eps)
     targets = _checks.forward(op, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
     rows = logits.shape[0]
     return (
@@ -56,9 +52,7 @@ def _fake(
 
 
 def _check_backward(grad_loss, logits, target, statistics, normalizer, loss):
-    if loss not in _NAMES:
-        _checks.spherical_options("spherical_loss", loss, 1, 0, 0)
-    name = _NAMES[loss] + "_backward"
+    name = _checks.spherical_name(loss, "_backward")
     _checks.backward(name, grad_loss, logits, target, statistics, normalizer, _COLUMNS, 1)
 
 
@@ -115,7 +109,7 @@ def _composite(
         target,
         None if target_weight is None else target_weight.to(wide),
         None if weight is None else weight.to(wide),
-        loss=loss,
+        loss=reference.SPHERICAL_LOSSES[loss],
         a=a,
         b=b,
         eps=eps,
@@ -318,7 +312,7 @@ def z_loss(
         (2.6947, True)
     """
     return _call(
-        "z", logits, target, a, b, eps, weight, target_weight, ignore_index, label_smoothing, reduction,
+        _Z, logits, target, a, b, eps, weight, target_weight, ignore_index, label_smoothing, reduction,
         inplace_backward, safe_mean, out_dtype,
     )  # fmt: skip
 
@@ -352,7 +346,7 @@ def taylor_softmax_loss(
         0.3365
     """
     return _call(
-        "taylor_softmax", logits, target, 1.0, 0.0, 0.0, weight, target_weight, ignore_index, label_smoothing,
+        _TAYLOR_SOFTMAX, logits, target, 1.0, 0.0, 0.0, weight, target_weight, ignore_index, label_smoothing,
         reduction, inplace_backward, safe_mean, out_dtype,
     )  # fmt: skip
 
@@ -390,7 +384,7 @@ def spherical_softmax_loss(
         0.1823
     """
     return _call(
-        "spherical_softmax", logits, target, 1.0, 0.0, eps, weight, target_weight, ignore_index, label_smoothing,
+        _SPHERICAL_SOFTMAX, logits, target, 1.0, 0.0, eps, weight, target_weight, ignore_index, label_smoothing,
         reduction, inplace_backward, safe_mean, out_dtype,
     )  # fmt: skip
 
@@ -423,6 +417,6 @@ def mse_onehot_loss(
         4.0
     """
     return _call(
-        "mse_onehot", logits, target, 1.0, 0.0, 0.0, weight, target_weight, ignore_index, label_smoothing,
+        _MSE_ONEHOT, logits, target, 1.0, 0.0, 0.0, weight, target_weight, ignore_index, label_smoothing,
         reduction, inplace_backward, safe_mean, out_dtype,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from pyops.spherical import reference
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-KINDS = (*spherical_loss.LOSSES, "cross_entropy")
+KINDS = (*reference.SPHERICAL_LOSSES, "cross_entropy")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
 
@@ -91,7 +91,8 @@ def forward(kind, problem):
     tensors = (p.logits, p.target, p.target_weight, p.weight)
     if kind == "cross_entropy":
         return cross_entropy.cross_entropy(*tensors, p.smoothing, p.square_scale, *common)
-    loss, statistics, normalizer = spherical_loss.spherical_loss(*tensors, kind, p.a, p.b, p.eps, p.smoothing, *common)
+    number = reference.SPHERICAL_LOSSES.index(kind)
+    loss, statistics, normalizer = spherical_loss.spherical_loss(*tensors, number, p.a, p.b, p.eps, p.smoothing, *common)
     return loss, None, statistics, normalizer
 
 
@@ -102,7 +103,8 @@ def backward(kind, problem, grad_loss, statistics, normalizer, in_place=False):
         launcher = getattr(cross_entropy, f"cross_entropy_{suffix}")
         return launcher(grad_loss, p.logits, p.target, p.weight, statistics, normalizer)
     launcher = getattr(spherical_loss, f"spherical_loss_{suffix}")
-    return launcher(grad_loss, p.logits, p.target, statistics, normalizer, kind, p.eps)
+    number = reference.SPHERICAL_LOSSES.index(kind)
+    return launcher(grad_loss, p.logits, p.target, statistics, normalizer, number, p.eps)
 
 
 def expected(kind, problem, dtype, grad_loss):
@@ -748,12 +750,12 @@ def test_reasons_against():
     def reasons(*arguments):
         return spherical_loss.reasons_against("spherical_loss", *arguments)
 
-    assert reasons(*tensors, "z", *rest) == []
-    assert "loss" in reasons(*tensors, "hinge", *rest)[0]
-    assert "int16" in reasons(problem.logits, problem.target.short(), None, None, "z", *rest)[0]
-    assert "float8" in reasons(problem.logits.to(torch.float8_e5m2), problem.target, None, None, "z", *rest)[0]
-    assert "out_dtype" in reasons(*tensors, "z", *rest[:-1], torch.int32)[0]
-    assert "meta" in reasons(problem.logits.to("meta"), problem.target.to("meta"), None, None, "z", *rest)[0]
+    assert reasons(*tensors, 0, *rest) == []
+    assert "loss" in reasons(*tensors, 4, *rest)[0]
+    assert "int16" in reasons(problem.logits, problem.target.short(), None, None, 0, *rest)[0]
+    assert "float8" in reasons(problem.logits.to(torch.float8_e5m2), problem.target, None, None, 0, *rest)[0]
+    assert "out_dtype" in reasons(*tensors, 0, *rest[:-1], torch.int32)[0]
+    assert "meta" in reasons(problem.logits.to("meta"), problem.target.to("meta"), None, None, 0, *rest)[0]
     arguments = (*tensors, 0.0, 0.0, IGNORED, 1, False, None)
     assert cross_entropy.reasons_against("cross_entropy", *arguments) == []
 

@@ -66,6 +66,7 @@ PART_CAPACITIES = (1, 16, 128, 1024)
 # constant, so that results do not depend on the model of the GPU.
 WANTED_PROGRAMS = 1056
 REDUCE_LANES = 1024
+TINY_ROW = 4  # as in csrc/spherical/spherical_loss_formula.h
 
 
 class Plan(NamedTuple):
@@ -376,8 +377,9 @@ def check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> Non
 
 
 def accumulator(logits: Tensor):
-    """The type in which a tile of logits is worked on."""
-    return tl.float64 if logits.dtype == torch.float64 else tl.float32
+    """The type in which a tile of logits is worked on. The terms of rows of a few logits cancel to what rounding to
+    float32 would hide."""
+    return tl.float64 if logits.dtype == torch.float64 or logits.size(1) <= TINY_ROW else tl.float32
 
 
 def rows_dense(logits: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def row_exponentials(
     tl.store(planes + EXPONENTIALS * plane_stride, total, mask=row < rows)
     if SMOOTHING:
         tl.store(planes + WEIGHTED * plane_stride, weighted, mask=row < rows)
-        tl.store(planes + WEIGHTS * plane_stride, weighted * 0 + weight_sum, mask=row < rows)
+        tl.store(planes + WEIGHTS * plane_stride, tl.zeros((ROWS,), tl.float64) + weight_sum, mask=row < rows)
 
 
 # -------------------------------------------------------------------------------------- forward, 2: row formulas
@@ -226,7 +226,7 @@ def finish_rows(
     live = counted > 0
     smooth = zero
     if SMOOTHING:
-        smooth = tl.where(classes == 1, 0.0, label_smoothing / tl.full((), classes, tl.float64) * target_weights)
+        smooth = tl.where(classes <= 1, 0.0, label_smoothing / tl.full((), classes, tl.float64) * target_weights)
         row_loss += tl.where(smooth == 0, 0.0, smooth * (log_sum * weight_sum - weighted))
         slope += tl.where(smooth == 0, 0.0, smooth * weight_sum)
     lse = maximum + log_sum

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pyops.spherical import _checks
-from pyops.spherical.reference import SPHERICAL_LOSSES as LOSSES
 
 from . import _common
 from ._common import (
@@ -36,7 +35,7 @@ from ._common import (
     widen,
 )
 
-# Positions in LOSSES.
+# Numbers of the losses, as the op takes them.
 Z = tl.constexpr(0)
 TAYLOR_SOFTMAX = tl.constexpr(1)
 SPHERICAL_SOFTMAX = tl.constexpr(2)
@@ -78,11 +77,20 @@ def unnormalised(o, eps, LOSS: tl.constexpr):
 
 @triton.jit
 def smooth_term(o, eps, LOSS: tl.constexpr):
-    """d log n(o) / d o."""
+    """d log n(o) / d o = 2 u / (u^2 + e), also where the square leaves the range of float32."""
     if LOSS == TAYLOR_SOFTMAX:
-        return (1 + o) / unnormalised(o, eps, LOSS)
+        u = 1 + o
+        eps = 1.0
     else:
-        return 2 * o / unnormalised(o, eps, LOSS)
+        u = o
+    huge = (tl.abs(u) > 1e18) & (tl.abs(u) < float("inf"))
+    return tl.where(huge, 2 / tl.where(huge, u, 1.0), (u + u) / (u * u + eps))
+
+
+@triton.jit
+def sum_of_squares(mean, m2, classes):
+    """A row with an infinity and no NaN has m2 = inf, and a mean that may be inf - inf."""
+    return tl.where(m2 == float("inf"), m2, m2 + classes * mean * mean)
 
 
 @triton.jit
@@ -119,18 +127,20 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
     elif LOSS == MSE_ONEHOT:
         # sum_k (o_k - t_k)^2 with t = keep * onehot + smoothing / classes.
         target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes
-        loss = omega * (m2 + classes * mean * mean - 2 * (keep * o + smoothing * mean) + target_squares)
+        squares = sum_of_squares(mean, m2, classes)
+        cross = tl.where(squares == float("inf"), 0.0, 2 * (keep * o + smoothing * mean))
+        loss = omega * (squares - cross + target_squares)
         slope = 2 * omega
         shift = -2 * omega * smoothing / classes
         gradient = -2 * omega * keep
     else:
         if LOSS == TAYLOR_SOFTMAX:
             total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * m2
-            slope = omega / total
-            shift = slope
+            shift = omega / total
+            slope = shift / scale
         else:
-            total = m2 + classes * (mean * mean + eps)
-            slope = 2 * omega / total
+            total = sum_of_squares(mean, m2, classes) + classes * eps
+            slope = 2 * omega / total / scale
             shift = slope * 0
         log_chosen = tl.log(unnormalised(o, eps, LOSS))
         loss = omega * (tl.log(total) - keep * log_chosen - smoothing / classes * sum_log)
@@ -283,10 +293,11 @@ def in_float64(logits, lost, mean, m2, row, first_row, row_stride, classes, ROWS
             for first in range(0, classes, RESCUE_COLUMNS):
                 total += widen(tl.load(start + first + lane, mask=first + lane < classes, other=0))
             center = tl.sum(total, 0) / classes.to(tl.float64)
+            origin = tl.where(center - center == 0, center, 0.0)  # infinities stay infinities
             total = tl.zeros((RESCUE_COLUMNS,), tl.float64)
             for first in range(0, classes, RESCUE_COLUMNS):
                 inside = first + lane < classes
-                centred = tl.where(inside, widen(tl.load(start + first + lane, mask=inside, other=0)) - center, 0.0)
+                centred = tl.where(inside, widen(tl.load(start + first + lane, mask=inside, other=0)) - origin, 0.0)
                 total += centred * centred
             mean = tl.where(this, center, mean)
             m2 = tl.where(this, tl.sum(total, 0), m2)
@@ -294,11 +305,11 @@ def in_float64(logits, lost, mean, m2, row, first_row, row_stride, classes, ROWS
 
 
 @triton.jit
-def lost_rows(mean, m2, counting, classes, eps, LOSS: tl.constexpr):
-    """Rows whose squares left the range of float32: 1 where m2 is infinite or NaN, or so small that bits are lost
+def lost_rows(mean, m2, counting, classes, eps, LOSS: tl.constexpr, NARROW: tl.constexpr):
+    """Rows whose squares left the range of their type: 1 where m2 is infinite or NaN, or so small that bits are lost
     and matter, which they do next to a small eps only. A row of zeros has lost nothing."""
     lost = (m2 < float("inf")) == 0
-    if LOSS != TAYLOR_SOFTMAX and LOSS != MSE_ONEHOT:
+    if NARROW and LOSS != TAYLOR_SOFTMAX and LOSS != MSE_ONEHOT:
         small = (m2 < SMALLEST_SQUARE * classes) & ((m2 != 0) | (mean != 0))
         lost = lost | (small & (tl.zeros(m2.shape, tl.float64) + eps < NEGLIGIBLE_EPS))
     return tl.where(lost, counting, 0)
@@ -342,20 +353,26 @@ def finish_rows(
     columns = tl.full((), classes, tl.float64)
     a, b = tl.full((), a, tl.float64), tl.full((), b, tl.float64)
     eps, smoothing = tl.full((), eps, tl.float64), tl.full((), smoothing, tl.float64)
-    if logits.dtype.element_ty == tl.float32 or logits.dtype.element_ty == tl.bfloat16:
-        counting = rows_that_count(
-            target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
-            weight_row_stride, weight_column_stride, ignore_index,
-        )  # fmt: skip
-        lost = lost_rows(mean, m2, counting, columns, eps, LOSS)
-        if tl.max(lost, 0) > 0:
-            mean, m2 = in_float64(logits, lost, mean, m2, row, first_row, row_stride, classes, ROWS)
+    counting = rows_that_count(
+        target, target_weight, row, rows, target_count, target_row_stride, target_column_stride,
+        weight_row_stride, weight_column_stride, ignore_index,
+    )  # fmt: skip
+    # The squares of float16 and float64 logits do not get too small for their accumulator.
+    narrow: tl.constexpr = logits.dtype.element_ty == tl.float32 or logits.dtype.element_ty == tl.bfloat16
+    lost = lost_rows(mean, m2, counting, columns, eps, LOSS, narrow)
+    if tl.max(lost, 0) > 0:
+        mean, m2 = in_float64(logits, lost, mean, m2, row, first_row, row_stride, classes, ROWS)
     scale = tl.full((ROWS,), 1.0, tl.float64)
     if LOSS == Z:
         sigma = tl.sqrt(m2 / columns + eps)
         # Equal logits and eps = 0, or one class: z and its gradient are 0.
         inverse = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
         scale = tl.where(sigma * 0 + columns == 1, 0.0, inverse)
+    elif LOSS != MSE_ONEHOT:
+        # At the largest logits slope = 1/total is below float32, although slope * o is not.
+        squares = sum_of_squares(mean, m2, columns) / columns
+        huge = (squares > 1e30) & (squares < float("inf"))
+        scale = tl.where(huge, tl.exp2(-tl.floor(0.5 * tl.log2(tl.where(huge, squares, 1.0)))), 1.0)
     zero = tl.zeros((ROWS,), tl.float64)
     row_loss, slope, shift, smooth, class_weights, counted = zero, zero, zero, zero, zero, zero
     row_statistics = statistics + row * (TARGET_GRADIENT + target_count)
@@ -423,13 +440,16 @@ def logits_gradient(
     slope = scaled_statistic(tl.load(numbers + SLOPE, mask=there, other=0), scale, ACCUMULATOR)
     shift = scaled_statistic(tl.load(numbers + SHIFT, mask=there, other=0), scale, ACCUMULATOR)
     smooth = scaled_statistic(tl.load(numbers + SMOOTH, mask=there, other=0), scale, ACCUMULATOR)
-    live = (slope != 0) | (shift != 0) | (smooth != 0)
+    live = (inverse_scale != 0) | (slope != 0) | (shift != 0) | (smooth != 0)
     any_live = tl.max(live.to(tl.int32), 0) > 0
 
     _, mask, whole, _ = tile_mask(first, 0, classes, first_row, rows, EVEN, VECTOR, ROWS, COLUMNS)
     pointers = tile_pointers(logits, first_row, row_stride, first, EVEN or ROWS == 1, VECTOR, ROWS, COLUMNS)
     o = load_tile(pointers, mask & live[:, None], whole & any_live, 0.0, ACCUMULATOR)
-    gradient = slope[:, None] * ((o - center[:, None]) * inverse_scale[:, None]) + shift[:, None]
+    # Logits of 1e30 and more: o - center could overflow although its product with the scale does not.
+    unit = tl.where(inverse_scale < 1e-30, 0.5**20, 1.0).to(ACCUMULATOR)
+    center, inverse_scale = center * unit, inverse_scale / unit
+    gradient = slope[:, None] * ((o * unit[:, None] - center[:, None]) * inverse_scale[:, None]) + shift[:, None]
     if LOSS != Z and LOSS != MSE_ONEHOT:  # noqa: SIM102  (decided at compile time)
         if tl.max((smooth != 0).to(tl.int32), 0) > 0:
             term = smooth_term(o, tl.full((), eps, tl.float64).to(ACCUMULATOR), LOSS)
@@ -459,8 +479,8 @@ def reasons_against(op: str, *arguments) -> list[str]:
     return reasons + (_common.in_place_reasons(logits) if op.endswith("_") else [])
 
 
-def _loss_reasons(loss: str) -> list[str]:
-    return [] if loss in LOSSES else [f"loss is {loss!r}; the Triton kernels know {', '.join(LOSSES)}"]
+def _loss_reasons(loss: int) -> list[str]:
+    return [] if 0 <= loss <= MSE_ONEHOT.value else [f"loss is {loss}; the Triton kernels know 0 to {MSE_ONEHOT.value}"]
 
 
 def spherical_loss(
@@ -468,7 +488,7 @@ def spherical_loss(
     target: Tensor,
     target_weight: Tensor | None,
     weight: Tensor | None,
-    loss: str,
+    loss: int,
     a: float,
     b: float,
     eps: float,
@@ -479,8 +499,8 @@ def spherical_loss(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, statistics, normalizer) of the op pyops::spherical_loss."""
-    name = f"{loss}_loss"
-    _checks.spherical_options(name, loss, a, b, eps)
+    name = _checks.spherical_name(loss)
+    _checks.spherical_options(name, a, b, eps)
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
     _common.check_range(name, target, logits.size(1), ignore_index)
     logits = _common.rows_dense(logits)
@@ -489,8 +509,7 @@ def spherical_loss(
     tile = plan.tile
     rows, classes = logits.shape
     target_count = target.size(1)
-    code = LOSSES.index(loss)
-    log_of = code if label_smoothing and code in (TAYLOR_SOFTMAX.value, SPHERICAL_SOFTMAX.value) else Z.value
+    log_of = loss if label_smoothing and loss in (TAYLOR_SOFTMAX.value, SPHERICAL_SOFTMAX.value) else Z.value
     outputs = _common.allocate_outputs(
         logits, plan, TARGET_GRADIENT.value + target_count, reduction, out_dtype, z_term=False
     )
@@ -511,7 +530,7 @@ def spherical_loss(
             logits, target, target_weight, None if weight is None else weight.contiguous(), partials,
             outputs.statistics, outputs.loss, outputs.block_sums, *walk, plan.parts, plan.part_columns,
             a, b, eps, label_smoothing,
-            LOSS=code, REDUCE=int(reduction != _common.REDUCE_NONE), ROWS=plan.finish_rows,
+            LOSS=loss, REDUCE=int(reduction != _common.REDUCE_NONE), ROWS=plan.finish_rows,
             PARTS=plan.part_capacity, num_warps=4, registers=128, **cut,
         )  # fmt: skip
         _common.finish_reduction(outputs, reduction, safe_mean)
@@ -520,14 +539,14 @@ def spherical_loss(
 
 def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps, grad_logits) -> None:
     """Into `grad_logits`, whose rows are dense like those of `logits` and which may be `logits`."""
-    _checks.backward(
-        f"{loss}_loss_backward", grad_loss, logits, target, statistics, normalizer, TARGET_GRADIENT.value, 1
-    )
+    name = _checks.spherical_name(loss, "_backward")
+    _checks.backward(name, grad_loss, logits, target, statistics, normalizer, TARGET_GRADIENT.value, 1)
     target, statistics = _common.as_columns(target), statistics.contiguous()
     plan = _common.plan_rows(logits)
     tile = plan.tile
     rows, classes = logits.shape
     grad_aligned = _common.grad_aligned(logits, grad_logits, plan)
+    registers = _common.gradient_registers(logits, plan, grad_aligned, target.size(1))
     with _common.on_device_of(logits):
         _common.launch(
             logits_gradient, (plan.row_blocks * plan.column_blocks,),
@@ -535,14 +554,14 @@ def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps
             rows, classes, logits.stride(0), grad_logits.stride(0), plan.lead,
             grad_loss.stride(0) if grad_loss.dim() else 0, target.size(1), *target.stride(), statistics.size(1),
             plan.column_blocks, eps,
-            LOSS=LOSSES.index(loss), ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel,
+            LOSS=loss, ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel,
             VECTOR=plan.vector, GRAD_ALIGNED=grad_aligned, ROWS=tile.rows,
-            COLUMNS=tile.columns, num_warps=tile.num_warps, registers=_common.gradient_registers(logits, plan, grad_aligned, target.size(1)),
+            COLUMNS=tile.columns, num_warps=tile.num_warps, registers=registers,
         )  # fmt: skip
 
 
 def spherical_loss_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor,
-                            normalizer: Tensor, loss: str, eps: float) -> Tensor:  # fmt: skip
+                            normalizer: Tensor, loss: int, eps: float) -> Tensor:  # fmt: skip
     """grad_logits of the op pyops::spherical_loss_backward."""
     logits = _common.rows_dense(logits)
     grad_logits = logits.new_empty(logits.shape)
@@ -551,7 +570,7 @@ def spherical_loss_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, s
 
 
 def spherical_loss_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor,
-                             normalizer: Tensor, loss: str, eps: float) -> None:  # fmt: skip
+                             normalizer: Tensor, loss: int, eps: float) -> None:  # fmt: skip
     """Overwrites the logits with their gradient: pyops::spherical_loss_backward_."""
     dense = _common.rows_dense(logits)
     _write_gradient(grad_loss, dense, target, statistics, normalizer, loss, eps, dense)

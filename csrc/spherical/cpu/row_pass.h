@@ -118,8 +118,6 @@ class TargetValues {
   std::vector<std::pair<int64_t, double>> values_;
 };
 
-constexpr int64_t kTinyRow = 4;
-
 // Writes the gradient of the logits to `out`, which may be the logits. `Rows` knows the formula of one loss:
 //   bool zero(row)                       the row is ignored: its gradient is 0 whatever its logits hold
 //   Gradient scaled(row, upstream)       row numbers times upstream gradient over normaliser

@@ -83,7 +83,7 @@ std::vector<double> finish_rows(const LossArguments& arguments, const Tensor& lo
 
 std::tuple<Tensor, Tensor, Tensor> spherical_loss_cpu(const Tensor& logits_in, const Tensor& target,
                                                       const OptionalTensor& target_weight, const OptionalTensor& weight,
-                                                      const std::string& loss, double a, double b, double eps,
+                                                      int64_t loss, double a, double b, double eps,
                                                       double label_smoothing, int64_t ignore_index, int64_t reduction,
                                                       bool safe_mean, std::optional<ScalarType> out_dtype) {
   const SphericalOptions options = check_spherical_options(loss, a, b, eps, label_smoothing);
@@ -149,9 +149,9 @@ void backward_into(const LossArguments& arguments, const SphericalOptions& optio
 }
 
 Tensor spherical_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits_in, const Tensor& target,
-                                   const Tensor& statistics, const Tensor& normalizer, const std::string& loss,
+                                   const Tensor& statistics, const Tensor& normalizer, int64_t loss,
                                    double eps) {
-  const SphericalOptions options{parse_spherical_loss(loss), 1, 0, eps, 0};
+  const SphericalOptions options{check_spherical_loss(loss), 1, 0, eps, 0};
   const LossArguments arguments = check_backward_arguments(spherical_op_name(options.loss, true), grad_loss, logits_in,
                                                            target, statistics, normalizer, kTargetGradient, 1);
   const Tensor logits = rows_dense(logits_in);
@@ -162,9 +162,9 @@ Tensor spherical_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits
 }
 
 void spherical_loss_backward_cpu_(const Tensor& grad_loss, Tensor logits, const Tensor& target,
-                                  const Tensor& statistics, const Tensor& normalizer, const std::string& loss,
+                                  const Tensor& statistics, const Tensor& normalizer, int64_t loss,
                                   double eps) {
-  const SphericalOptions options{parse_spherical_loss(loss), 1, 0, eps, 0};
+  const SphericalOptions options{check_spherical_loss(loss), 1, 0, eps, 0};
   const LossArguments arguments = check_backward_arguments(spherical_op_name(options.loss, true), grad_loss, logits,
                                                            target, statistics, normalizer, kTargetGradient, 1);
   check_rows_distinct(arguments, logits);

@@ -54,6 +54,10 @@ __attribute__((noinline)) RowMoments block_moments_in_double(const T* x, int64_t
   double sum = 0, squares = 0, rest = 0;
   for (int64_t i = 0; i < n; ++i) sum += widen(x[i]);
   const double mean = sum / double(n);
+  if (!finite(mean)) {
+    for (int64_t i = 0; i < n; ++i) squares += widen(x[i]) * widen(x[i]);
+    return {mean, squares, 0};
+  }
   for (int64_t i = 0; i < n; ++i) {
     const double d = widen(x[i]) - mean;
     rest += d;
@@ -66,18 +70,17 @@ template <class T>
 PYOPS_INLINE RowMoments block_moments(const T* x, int64_t n, double guess) {
   using Real = typename Accumulation<T>::type;
   const double count = double(n);
+  if (n <= kTinyRow) return block_moments_in_double(x, n);  // z of so short a row is all but fixed: no float32
   Real shift = Real(guess);
   ShiftedSums sums = shifted_sums(x, n, shift);
   for (int again = 0; again < 2 && sums.sum * sums.sum > 0.5 * count * sums.squares; ++again) {
     shift = Real(double(shift) + sums.sum / count);
     sums = shifted_sums(x, n, shift);
   }
-  if constexpr (sizeof(Real) == 4) {
-    // Squares outside [1e-30, 1e36] per element have lost bits in float32; constant blocks are 0 exactly.
-    if (!(sums.squares < 1e36) || (sums.squares < 1e-30 * count && sums.squares != 0)) {
-      return block_moments_in_double(x, n);
-    }
-  }
+  // Squares outside [1e-30, 1e36] per element have lost bits in float32; constant blocks are 0 exactly.
+  const bool ordinary = sizeof(Real) == 4 ? sums.squares < 1e36 && (sums.squares >= 1e-30 * count || sums.squares == 0)
+                                          : finite(sums.squares);
+  if (!ordinary) return block_moments_in_double(x, n);
   const double rest = sums.sum / count;
   return {double(shift) + rest, sums.squares - sums.sum * rest, 0};
 }
@@ -163,6 +166,13 @@ void gradient(const void* data, void* out, int64_t n, const SphericalRowGradient
   if (row.smooth == 0) {
     stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {
       return ((o * unit - center) * scale) * slope + shift;
+    });
+  } else if (row.inverse_scale != 1) {  // huge logits, whose squares overflow
+    const bool taylor = options.loss == SphericalLoss::taylor_softmax;
+    const Real one = taylor ? Real(1) : Real(0), e = taylor ? Real(1) : eps;
+    stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {
+      const auto u = o + one;
+      return ((o * unit - center) * scale) * slope + shift + smooth * (Real(2) / (u + e / u));
     });
   } else if (options.loss == SphericalLoss::taylor_softmax) {
     stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {

@@ -10,11 +10,11 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(const Tensor& logits_in, const Tensor& target,
                                                        const OptionalTensor& target_weight,
-                                                       const OptionalTensor& weight_in, const std::string& loss_name,
+                                                       const OptionalTensor& weight_in, int64_t loss_number,
                                                        double a, double b, double eps, double label_smoothing,
                                                        int64_t ignore_index, int64_t reduction, bool safe_mean,
                                                        std::optional<ScalarType> out_dtype) {
-  const SphericalOptions options = check_spherical_options(loss_name, a, b, eps, label_smoothing);
+  const SphericalOptions options = check_spherical_options(loss_number, a, b, eps, label_smoothing);
   const LossArguments arguments = check_loss_arguments(spherical_op_name(options.loss, false), logits_in, target,
                                                        target_weight, weight_in, label_smoothing, reduction, out_dtype);
   check_column_count(arguments);
@@ -57,9 +57,9 @@ void backward_into(const LossArguments& arguments, SphericalLoss loss, double ep
 }
 
 Tensor spherical_loss_backward_cuda(const Tensor& grad_loss, const Tensor& logits_in, const Tensor& target,
-                                    const Tensor& statistics, const Tensor& normalizer, const std::string& loss_name,
+                                    const Tensor& statistics, const Tensor& normalizer, int64_t loss_number,
                                     double eps) {
-  const SphericalLoss loss = parse_spherical_loss(loss_name);
+  const SphericalLoss loss = check_spherical_loss(loss_number);
   const LossArguments arguments = check_backward(loss, grad_loss, logits_in, target, statistics, normalizer);
   const CudaScope scope(logits_in);
   const Tensor logits = rows_dense(logits_in);
@@ -69,9 +69,9 @@ Tensor spherical_loss_backward_cuda(const Tensor& grad_loss, const Tensor& logit
 }
 
 void spherical_loss_backward_cuda_(const Tensor& grad_loss, Tensor logits, const Tensor& target,
-                                   const Tensor& statistics, const Tensor& normalizer, const std::string& loss_name,
+                                   const Tensor& statistics, const Tensor& normalizer, int64_t loss_number,
                                    double eps) {
-  const SphericalLoss loss = parse_spherical_loss(loss_name);
+  const SphericalLoss loss = check_spherical_loss(loss_number);
   const LossArguments arguments = check_backward(loss, grad_loss, logits, target, statistics, normalizer);
   check_rows_distinct(arguments, logits);
   const CudaScope scope(logits);
