@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -28,7 +29,7 @@ _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _logger = logging.getLogger("pyops")
 
 # Registrations of this module live as long as this object.
-_library = torch.library.Library("pyops", "FRAGMENT")
+library = torch.library.Library("pyops", "FRAGMENT")
 
 # (family or "" for all) -> backend, for this thread and what it calls.
 _forced: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("pyops_backend", default=None)
@@ -55,17 +56,12 @@ class Op:
             if device != backend:
                 return [f"the tensors are on {device}"]
             return []
-        missing = triton_unavailable()
-        if missing:
-            return [missing]
-        return list(self._triton().reasons_against(self.name, *args))
-
-    def _triton(self):
-        return importlib.import_module(f"pyops.triton_kernels.{self.triton_module}")
+        module, missing = _triton_kernels(self.triton_module)
+        return [missing] if missing else list(module.reasons_against(self.name, *args))
 
     def run(self, backend: str, keyset, args: tuple):
         if backend == "triton":
-            return getattr(self._triton(), self.name)(*args)
+            return getattr(_triton_kernels(self.triton_module)[0], self.name)(*args)
         if backend == "reference":
             return self.reference(*args)
         return self.native[backend.upper()].call_boxed(keyset, *args)
@@ -77,6 +73,18 @@ _reported: set[tuple[str, str]] = set()
 
 def _first_tensor(args: tuple) -> int:
     return next(i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor))
+
+
+@functools.cache
+def _triton_kernels(name: str) -> tuple[ModuleType | None, str]:
+    """A module of Triton kernels, or why it cannot be had; a damaged Triton must cost no more than its kernels."""
+    missing = triton_unavailable()
+    if missing:
+        return None, missing
+    try:
+        return importlib.import_module(f"pyops.triton_kernels.{name}"), ""
+    except Exception as error:
+        return None, f"the Triton kernels do not import: {type(error).__name__}: {error}"
 
 
 def triton_unavailable() -> str:
@@ -91,7 +99,7 @@ def register(family: str, triton_module: str, **references: Callable) -> None:
     for name, reference in references.items():
         _ops[name] = Op(name, family, reference, triton_module)
         if torch.version.cuda and not _lib.cuda_loaded():
-            _library.impl(name, partial(_route, _ops[name], "CUDA"), "CUDA", with_keyset=True)
+            library.impl(name, functools.partial(_route, _ops[name], "CUDA"), "CUDA", with_keyset=True)
     if _environment.values["PYOPS_BACKEND"]:
         _install_routers()
 
@@ -105,7 +113,7 @@ def _install_routers() -> None:
             op.native[key] = torch.library.get_kernel(f"pyops::{op.name}", key)
             with warnings.catch_warnings():  # the override is the point
                 warnings.simplefilter("ignore", UserWarning)
-                _library.impl(op.name, partial(_route, op, key), key, with_keyset=True, allow_override=True)
+                library.impl(op.name, functools.partial(_route, op, key), key, with_keyset=True, allow_override=True)
 
 
 def _route(op: Op, key: str, keyset, *args):

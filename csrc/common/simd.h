@@ -127,6 +127,14 @@ PYOPS_INLINE AccumulationVector<T> load_partial(const T* p, int64_t count, typen
 #endif
 }
 
+// Half as many floats, as doubles.
+PYOPS_INLINE Vector<double> load_double(const float* p) {
+  typedef float Half __attribute__((vector_size(sizeof(Vector<double>) / 2)));
+  Half half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, Vector<double>);
+}
+
 // ---- narrow and store -----------------------------------------------------------------------------------
 
 // What a vector becomes in memory, so that ordinary and non-temporal stores share the rounding.

@@ -107,8 +107,12 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_device_index(like.get(), &device_index);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, code_of(dtype),
-                                                         device_type, device_index, &handle));
+  const auto status = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, code_of(dtype),
+                                               device_type, device_index, &handle);
+  if (status != AOTI_TORCH_SUCCESS) {  // the shim of torch 2.11 does not hand on torch's own words
+    throw std::runtime_error("pyops: out of memory: no " + std::to_string(stride * element_bytes(dtype_of(dtype))) +
+                             " bytes for a result on " + device_name(like));
+  }
   return Tensor(handle);
 }
 

@@ -101,8 +101,7 @@ const char* spherical_op_name(SphericalLoss loss, bool backward) {
   return (backward ? kBackwardNames : kForwardNames)[static_cast<int>(loss)];
 }
 
-SphericalOptions check_spherical_options(int64_t loss, double a, double b, double eps,
-                                         double label_smoothing) {
+SphericalOptions check_spherical_options(int64_t loss, double a, double b, double eps, double label_smoothing) {
   const SphericalLoss kind = check_spherical_loss(loss);
   const char* op = spherical_op_name(kind, false);
   PYOPS_CHECK(a > 0, op, "a", "be positive", a);

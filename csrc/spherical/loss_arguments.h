@@ -32,8 +32,7 @@ LossArguments check_backward_arguments(const char* op, const Tensor& grad_loss, 
 SphericalLoss check_spherical_loss(int64_t loss);
 const char* spherical_op_name(SphericalLoss loss, bool backward);
 
-SphericalOptions check_spherical_options(int64_t loss, double a, double b, double eps,
-                                         double label_smoothing);
+SphericalOptions check_spherical_options(int64_t loss, double a, double b, double eps, double label_smoothing);
 
 // Rows of logits that share memory cannot be overwritten by their gradient.
 void check_rows_distinct(const LossArguments& arguments, const Tensor& logits);

@@ -124,6 +124,11 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double u = options.a * (options.b - keep * z);
       const double rho = omega * keep * sigmoid(u);
       partials.loss += omega * softplus(u) / options.a;
+      if (classes == 2) {  // z^2 = v / (v + eps): what is left of the gradient is eps / (v + eps), without cancellation
+        const double rest = 0.5 * rho * scale * (options.eps * scale * scale);
+        partials.shift += rest;
+        return -2 * rest;
+      }
       partials.slope += rho * z * scale / classes;
       partials.shift += rho * scale / classes;
       return -rho * scale;
@@ -132,6 +137,7 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double total = classes * (1 + mean + 0.5 * mean * mean) + 0.5 * row.m2;
       const double n = unnormalised(options.loss, o, options.eps);
       partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
+      if (classes == 1) return 0;  // the probability is 1 whatever the logit
       partials.slope += omega / total / scale;
       partials.shift += omega / total;
       partials.smooth -= omega * smoothing / classes;
@@ -141,6 +147,7 @@ PYOPS_HOST_DEVICE static inline double add_target(const SphericalOptions& option
       const double total = sum_of_squares(row, classes) + classes * options.eps;
       const double n = unnormalised(options.loss, o, options.eps);
       partials.loss += omega * (log(total) - keep * log(n) - smoothing / classes * row.sum_log);
+      if (classes == 1) return 0;
       partials.slope += 2 * omega / total / scale;
       partials.smooth -= omega * smoothing / classes;
       return -2 * omega * keep * o / n;

@@ -117,6 +117,11 @@ def spherical_name(loss: int, suffix: str = "") -> str:
     return f"{SPHERICAL_LOSSES[loss]}_loss{suffix}"
 
 
+def lse_square_scale(value: float) -> None:
+    if not value >= 0:
+        reject("cross_entropy", "lse_square_scale", "be at least 0", f"{value:g}")
+
+
 def spherical_options(op: str, a: float, b: float, eps: float) -> None:
     if not a > 0:
         reject(op, "a", "be positive", f"{a:g}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,21 @@ def reduction_code(op: str, reduction: object) -> int:
     return code
 
 
-def bad_options(op: str, **options: tuple[object, str, bool]) -> None:
+# What a number must be, in words and as a test.
+POSITIVE = ("be positive", lambda value: value > 0)
+NOT_NAN = ("be a number", lambda value: value == value)
+AT_LEAST_0 = ("be at least 0", lambda value: value >= 0)
+SHARE = ("be in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def reject_options(op: str, ignore_index: object, **options: tuple[object, tuple[str, Callable]]) -> None:
     """Raises for the first option that is no real number (TypeError) or breaks its rule (ValueError)."""
-    for name, (value, rule, holds) in options.items():
+    if not isinstance(ignore_index, int):
+        reject(op, "ignore_index", "be an int", type(ignore_index).__name__, TypeError)
+    for name, (value, (rule, holds)) in options.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             reject(op, name, "be a number", type(value).__name__, TypeError)
-        if not holds:
+        if not holds(value):
             reject(op, name, rule, f"{value:g}", ValueError)
 
 
@@ -34,17 +45,23 @@ def check_tensors(op: str, logits, target, target_weight, weight) -> None:
         reject(op, "logits", "be a Tensor", type(logits).__name__, TypeError)
     if not isinstance(target, Tensor):
         reject(op, "target", "be a Tensor", type(target).__name__, TypeError)
-    if logits.layout is not torch.strided:  # the dispatcher would answer for the op, at length
-        reject(op, "logits", "be a strided tensor", "another layout")
+    _check_strided(op, "logits", logits)
+    _check_strided(op, "target", target)
     if target_weight is not None:
         _check_weight(op, "target_weight", target_weight)
     if weight is not None:
         _check_weight(op, "weight", weight)
 
 
+def _check_strided(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:  # the dispatcher would answer for the op, at length
+        reject(op, name, "be a strided tensor", "another layout")
+
+
 def _check_weight(op: str, name: str, weight) -> None:
     if not isinstance(weight, Tensor):
         reject(op, name, "be a Tensor or None", type(weight).__name__, TypeError)
+    _check_strided(op, name, weight)
     if weight.requires_grad and torch.is_grad_enabled():
         reject(op, name, "not require grad (it has no derivative here)", "requires_grad=True")
 

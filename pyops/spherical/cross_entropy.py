@@ -10,17 +10,20 @@ from torch import Tensor
 from pyops import _dispatch
 from pyops._autograd import (
     below_autograd,
-    refuse_second_derivative,
     refuse_transforms_under_compile,
+    register_derivative,
+    register_no_derivative,
     reject,
     transform_level_active,
 )
 from pyops.spherical import _checks, reference
 from pyops.spherical._options import (
+    AT_LEAST_0,
+    SHARE,
     autocast_arguments,
-    bad_options,
     check_tensors,
     reduction_code,
+    reject_options,
 )
 
 _op = torch.ops.pyops.cross_entropy.default
@@ -40,8 +43,7 @@ def _fake(
     out_dtype,
 ):  # fmt: skip
     targets = _checks.forward(_NAME, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
-    if not lse_square_scale >= 0:
-        reject(_NAME, "lse_square_scale", "be at least 0", f"{lse_square_scale:g}")
+    _checks.lse_square_scale(lse_square_scale)
     rows = logits.shape[0]
     shape = (rows,) if reduction == 0 else ()
     return (
@@ -71,8 +73,7 @@ def _fake_backward_in_place(grad_loss, logits, target, weight, statistics, norma
 
 
 def _save(ctx, inputs, output):
-    logits, target, target_weight, weight = inputs[:4]
-    check_tensors(_NAME, logits, target, target_weight, weight)
+    logits, target, _, weight = inputs[:4]
     ctx.save_for_backward(logits, target, weight, output[2], output[3])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -82,8 +83,13 @@ def _backward(ctx, grad_loss, *_grad_others):
     return (grad, *[None] * 9)
 
 
-torch.library.register_autograd("pyops::cross_entropy", _backward, setup_context=_save)
-refuse_second_derivative("cross_entropy_backward")
+def _check_constants(*args) -> None:
+    check_tensors(_NAME, *args[:4])
+
+
+register_derivative("cross_entropy", _backward, _save, _check_constants)
+register_no_derivative("cross_entropy_backward")
+register_no_derivative("cross_entropy_backward_")
 
 
 def _register_autocast() -> None:
@@ -94,7 +100,7 @@ def _register_autocast() -> None:
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        _dispatch._library.impl("cross_entropy", functools.partial(kernel, excluded), key)
+        _dispatch.library.impl("cross_entropy", functools.partial(kernel, excluded), key)
 
 
 _register_autocast()
@@ -183,12 +189,12 @@ def _arguments(
         valid = lse_square_scale >= 0 and 0 <= label_smoothing <= 1
     except TypeError:
         valid = False
-    if valid is not True or not isinstance(ignore_index, int):
-        bad_options(
+    if not valid or not isinstance(ignore_index, int):
+        reject_options(
             _NAME,
-            ignore_index=(ignore_index, "be an int", isinstance(ignore_index, int)),
-            lse_square_scale=(lse_square_scale, "be at least 0", valid is True),
-            label_smoothing=(label_smoothing, "be in [0, 1]", valid is True),
+            ignore_index,
+            lse_square_scale=(lse_square_scale, AT_LEAST_0),
+            label_smoothing=(label_smoothing, SHARE),
         )
     if torch._C._is_any_autocast_enabled():
         logits, target_weight, weight, out_dtype = autocast_arguments(logits, target_weight, weight, out_dtype)

@@ -84,7 +84,8 @@ def spherical_loss(
         flat = variance == 0  # equal logits and eps = 0: z is 0 and so is its gradient
         sigma = torch.where(flat, torch.ones_like(variance), variance).sqrt()
         z = torch.where(flat, torch.zeros_like(chosen), (chosen - mean) / sigma)
-        terms = torch.nn.functional.softplus(a * (b - keep * z), threshold=1e9) / a
+        margin = a * (b - keep * z)
+        terms = torch.logaddexp(margin, torch.zeros_like(margin)) / a
     elif loss == "mse_onehot":
         squares = logits.square().sum(1, keepdim=True)
         mean = logits.mean(1, keepdim=True)

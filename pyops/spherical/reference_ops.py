@@ -68,10 +68,13 @@ def spherical_loss(
         z = (chosen - mean) * scale
         u = a * (b - keep * z)
         rho = omega * keep * torch.sigmoid(u)
-        terms = omega * torch.nn.functional.softplus(u, threshold=1e9) / a
+        terms = omega * torch.logaddexp(u, torch.zeros_like(u)) / a
         slope = (rho * z).sum(1, keepdim=True) * scale / classes
         shift = rho.sum(1, keepdim=True) * scale / classes
         target_gradient = -rho * scale
+        if classes == 2:  # z^2 = v / (v + eps): what is left of the gradient is eps / (v + eps), without cancellation
+            target_gradient = target_gradient * (eps * scale.square())
+            slope, shift = torch.zeros_like(slope), -0.5 * target_gradient.sum(1, keepdim=True)
     elif loss == "mse_onehot":
         constant = keep * keep + (2 * keep + label_smoothing) * label_smoothing / classes
         cross = 2 * (keep * chosen + label_smoothing * mean)
@@ -81,11 +84,7 @@ def spherical_loss(
         target_gradient = -2 * omega * keep
     else:
         taylor = loss == "taylor_softmax"
-        total = (
-            classes * (1 + mean + 0.5 * mean.square()) + 0.5 * squares
-            if taylor
-            else sum_of_squares + classes * eps
-        )
+        total = classes * (1 + mean + 0.5 * mean.square()) + 0.5 * squares if taylor else sum_of_squares + classes * eps
         n = 1 + chosen + 0.5 * chosen.square() if taylor else chosen.square() + eps
         if label_smoothing:
             log_sum = (1 + o + 0.5 * o.square() if taylor else o.square() + eps).log().sum(1, keepdim=True)
@@ -98,6 +97,9 @@ def spherical_loss(
         shift = weights / total if taylor else torch.zeros_like(total)
         smooth = -weights * label_smoothing / classes
         target_gradient = -omega * keep * (1 + chosen if taylor else 2 * chosen) / n
+        if classes == 1:  # the probability is 1 whatever the logit
+            slope, shift, smooth = (torch.zeros_like(slope) for _ in range(3))
+            target_gradient = torch.zeros_like(target_gradient)
     rows = torch.where(omega == 0, torch.zeros_like(terms), terms).sum(1)
     target_gradient = torch.where(omega == 0, torch.zeros_like(omega), target_gradient)
     wide = accumulation_dtype(logits.dtype)
@@ -142,6 +144,7 @@ def cross_entropy(
 ):  # fmt: skip
     name = "cross_entropy"
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
+    _checks.lse_square_scale(lse_square_scale)
     o, index, own, omega, row_weight, ignored = _prepare(name, logits, target, target_weight, weight, ignore_index)
     classes = o.shape[1]
     class_weight = torch.ones_like(o[:1]) if weight is None else weight.double().unsqueeze(0)

@@ -10,17 +10,22 @@ from torch import Tensor
 from pyops import _dispatch
 from pyops._autograd import (
     below_autograd,
-    refuse_second_derivative,
     refuse_transforms_under_compile,
+    register_derivative,
+    register_no_derivative,
     reject,
     transform_level_active,
 )
 from pyops.spherical import _checks, reference
 from pyops.spherical._options import (
+    AT_LEAST_0,
+    NOT_NAN,
+    POSITIVE,
+    SHARE,
     autocast_arguments,
-    bad_options,
     check_tensors,
     reduction_code,
+    reject_options,
 )
 
 _op = torch.ops.pyops.spherical_loss.default
@@ -68,8 +73,7 @@ def _fake_backward_in_place(grad_loss, logits, target, statistics, normalizer, l
 
 
 def _save(ctx, inputs, output):
-    logits, target, target_weight, weight, loss, _a, _b, eps = inputs[:8]
-    check_tensors(_NAMES[loss], logits, target, target_weight, weight)
+    logits, target, _, _, loss, _, _, eps = inputs[:8]
     ctx.save_for_backward(logits, target, output[1], output[2])
     ctx.loss, ctx.eps = loss, eps
     ctx.mark_non_differentiable(output[1], output[2])
@@ -80,8 +84,13 @@ def _backward(ctx, grad_loss, _grad_statistics, _grad_normalizer):
     return (grad, *[None] * 12)
 
 
-torch.library.register_autograd("pyops::spherical_loss", _backward, setup_context=_save)
-refuse_second_derivative("spherical_loss_backward")
+def _check_constants(*args) -> None:
+    check_tensors(_checks.spherical_name(args[4]), *args[:4])
+
+
+register_derivative("spherical_loss", _backward, _save, _check_constants)
+register_no_derivative("spherical_loss_backward")
+register_no_derivative("spherical_loss_backward_")
 
 
 def _register_autocast() -> None:
@@ -92,7 +101,7 @@ def _register_autocast() -> None:
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        _dispatch._library.impl("spherical_loss", functools.partial(kernel, excluded), key)
+        _dispatch.library.impl("spherical_loss", functools.partial(kernel, excluded), key)
 
 
 _register_autocast()
@@ -213,21 +222,17 @@ def _arguments(
     name = _NAMES[loss]
     check_tensors(name, logits, target, target_weight, weight)
     try:
-        valid = a > 0 and b == b and eps >= 0 and 0 <= label_smoothing <= 1
+        valid = a > 0 and b <= b and eps >= 0 and 0 <= label_smoothing <= 1
     except TypeError:
         valid = False
-    if valid is not True or not isinstance(ignore_index, int):
-        bad_options(
+    if not valid or not isinstance(ignore_index, int):
+        reject_options(
             name,
-            ignore_index=(ignore_index, "be an int", isinstance(ignore_index, int)),
-            a=(a, "be positive", isinstance(a, (int, float)) and a > 0),
-            b=(b, "be a number", b == b),
-            eps=(eps, "be at least 0", isinstance(eps, (int, float)) and eps >= 0),
-            label_smoothing=(
-                label_smoothing,
-                "be in [0, 1]",
-                isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1,
-            ),
+            ignore_index,
+            a=(a, POSITIVE),
+            b=(b, NOT_NAN),
+            eps=(eps, AT_LEAST_0),
+            label_smoothing=(label_smoothing, SHARE),
         )
     if torch._C._is_any_autocast_enabled():
         logits, target_weight, weight, out_dtype = autocast_arguments(logits, target_weight, weight, out_dtype)

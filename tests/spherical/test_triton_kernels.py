@@ -92,7 +92,9 @@ def forward(kind, problem):
     if kind == "cross_entropy":
         return cross_entropy.cross_entropy(*tensors, p.smoothing, p.square_scale, *common)
     number = reference.SPHERICAL_LOSSES.index(kind)
-    loss, statistics, normalizer = spherical_loss.spherical_loss(*tensors, number, p.a, p.b, p.eps, p.smoothing, *common)
+    loss, statistics, normalizer = spherical_loss.spherical_loss(
+        *tensors, number, p.a, p.b, p.eps, p.smoothing, *common
+    )
     return loss, None, statistics, normalizer
 
 
@@ -563,7 +565,7 @@ def test_smoothing_of_huge_logits(kind):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_z_loss_far_from_its_knee(dtype):
     """a (b - z) of both signs up to 5000: overflow-safe, and accurate to the last digit where the loss is tiny."""
-    for a, b in ((100.0, 50.0), (100.0, -50.0), (10.0, -6.0), (1e-3, 4.0)):
+    for a, b in ((100.0, 50.0), (100.0, -50.0), (30.0, 0.0), (10.0, -6.0), (1e-3, 4.0)):
         problem = make(5, 30, dtype, a=a, b=b, reduction=0, ignore=False)
         logits = problem.logits.double().requires_grad_()
         z = (logits - logits.mean(1, keepdim=True)) / (logits.var(1, correction=0, keepdim=True) + 1e-12).sqrt()
@@ -768,7 +770,7 @@ def test_reasons_against_writing_in_place():
         for logits, refused in ((problem.logits, False), (transposed, False), (expanded, True)):
             arguments = [loss, logits, problem.target, None, statistics, normalizer]
             if kind == "spherical_loss":
-                arguments = [loss, logits, problem.target, statistics, normalizer, "z", 1e-12]
+                arguments = [loss, logits, problem.target, statistics, normalizer, 0, 1e-12]
             assert module.reasons_against(f"{kind}_backward", *arguments) == []
             reasons = module.reasons_against(f"{kind}_backward_", *arguments)
             assert any("overlap" in reason for reason in reasons) == refused

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyops._autograd import reject
 from pyops.spherical import _checks
 
 from . import _common
@@ -326,8 +325,7 @@ def cross_entropy(
     """(loss, z_term, statistics, normalizer) of the op pyops::cross_entropy."""
     name = "cross_entropy"
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
-    if not lse_square_scale >= 0:
-        reject(name, "lse_square_scale", "be at least 0", f"{lse_square_scale:g}")
+    _checks.lse_square_scale(lse_square_scale)
     _common.check_range(name, target, logits.size(1), ignore_index)
     logits = _common.rows_dense(logits)
     target, target_weight = _common.as_columns(target), _common.as_columns(target_weight)

@@ -124,6 +124,10 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
         shift = rho * scale / classes
         slope = shift * z
         gradient = -rho * scale
+        # Two classes: z^2 = v / (v + eps), and what is left of the gradient is eps / (v + eps), without cancellation.
+        gradient = tl.where(classes == 2, gradient * (eps * scale * scale), gradient)
+        shift = tl.where(classes == 2, -0.5 * gradient, shift)
+        slope = tl.where(classes == 2, 0.0, slope)
     elif LOSS == MSE_ONEHOT:
         # sum_k (o_k - t_k)^2 with t = keep * onehot + smoothing / classes.
         target_squares = keep * keep + (2 * keep + smoothing) * smoothing / classes
@@ -146,6 +150,8 @@ def target_terms(o, omega, mean, m2, sum_log, scale, classes, a, b, eps, smoothi
         loss = omega * (tl.log(total) - keep * log_chosen - smoothing / classes * sum_log)
         smooth = -omega * smoothing / classes
         gradient = -omega * keep * smooth_term(o, eps, LOSS)
+        several = tl.where(classes == 1, 0.0, 1.0)  # one class: the probability is 1 whatever the logit
+        slope, shift, smooth, gradient = slope * several, shift * several, smooth * several, gradient * several
     counts = omega != 0  # a class of weight 0 adds nothing, whatever its logit
     return (
         tl.where(counts, loss, 0.0),

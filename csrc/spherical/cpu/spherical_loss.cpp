@@ -149,8 +149,7 @@ void backward_into(const LossArguments& arguments, const SphericalOptions& optio
 }
 
 Tensor spherical_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits_in, const Tensor& target,
-                                   const Tensor& statistics, const Tensor& normalizer, int64_t loss,
-                                   double eps) {
+                                   const Tensor& statistics, const Tensor& normalizer, int64_t loss, double eps) {
   const SphericalOptions options{check_spherical_loss(loss), 1, 0, eps, 0};
   const LossArguments arguments = check_backward_arguments(spherical_op_name(options.loss, true), grad_loss, logits_in,
                                                            target, statistics, normalizer, kTargetGradient, 1);
@@ -162,8 +161,7 @@ Tensor spherical_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits
 }
 
 void spherical_loss_backward_cpu_(const Tensor& grad_loss, Tensor logits, const Tensor& target,
-                                  const Tensor& statistics, const Tensor& normalizer, int64_t loss,
-                                  double eps) {
+                                  const Tensor& statistics, const Tensor& normalizer, int64_t loss, double eps) {
   const SphericalOptions options{check_spherical_loss(loss), 1, 0, eps, 0};
   const LossArguments arguments = check_backward_arguments(spherical_op_name(options.loss, true), grad_loss, logits,
                                                            target, statistics, normalizer, kTargetGradient, 1);

@@ -4,7 +4,7 @@
 // (sum d, sum d^2 with d = x - shift), the shift being the mean so far; m2 = sum d^2 - (sum d)^2 / n is safe
 // while the second term is at most half of the first. If it is more (first block, drifting mean), the block is
 // still in the first-level cache and is read again with its own mean as shift. Lanes accumulate in float32
-// (float64 for float64) over at most kBlock / lanes terms; blocks are merged in double by Chan's formula.
+// (float64 for float64) over kSteps terms, then in double; blocks are merged in double by Chan's formula.
 // Blocks whose squares leave the range of float32 are summed in double, so the result is finite and accurate
 // wherever the maths is.
 //
@@ -12,6 +12,8 @@
 #include "spherical_loss_kernel.h"
 
 #include <math.h>
+
+#include <type_traits>
 
 #include "../../common/vector_math.h"
 
@@ -25,28 +27,77 @@ struct ShiftedSums {
   double sum, squares;
 };
 
+// Sums of vectors in double. Floats are added up among themselves for kSteps steps only: after an outlier of 1e4 the
+// squares of its unit-normal neighbours would be rounded away for the rest of the block.
+constexpr int kSteps = 16;
+
+struct WideSum {
+  Vector<double> low, high;
+};
+
+PYOPS_INLINE void add(WideSum& sum, Vector<double> v) { sum.low += v; }
+
+PYOPS_INLINE void add(WideSum& sum, Vector<float> v) {
+  typedef float Half __attribute__((vector_size(sizeof(v) / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  sum.low += __builtin_convertvector(halves[0], Vector<double>);
+  sum.high += __builtin_convertvector(halves[1], Vector<double>);
+}
+
+PYOPS_INLINE double total(const WideSum& sum) { return sum_lanes<double>(sum.low + sum.high); }
+
 template <class T>
 PYOPS_INLINE ShiftedSums shifted_sums(const T* x, int64_t n, typename Accumulation<T>::type shift) {
   using Real = typename Accumulation<T>::type;
   constexpr int lanes = kLanes<T>;
-  Vector<Real> sum[kUnroll] = {}, squares[kUnroll] = {};
+  WideSum sum = {}, squares = {};
   int64_t i = 0;
-  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
+  while (i + kUnroll * lanes <= n) {
+    Vector<Real> steps_sum[kUnroll] = {}, steps_squares[kUnroll] = {};
+    for (int step = 0; step < kSteps && i + kUnroll * lanes <= n; ++step, i += kUnroll * lanes) {
+      for (int u = 0; u < kUnroll; ++u) {
+        prefetch_ahead(x + i + u * lanes);
+        const auto d = load(x + i + u * lanes) - shift;
+        steps_sum[u] += d;
+        steps_squares[u] += d * d;
+      }
+    }
     for (int u = 0; u < kUnroll; ++u) {
-      prefetch_ahead(x + i + u * lanes);
-      const auto d = load(x + i + u * lanes) - shift;
-      sum[u] += d;
-      squares[u] += d * d;
+      add(sum, steps_sum[u]);
+      add(squares, steps_squares[u]);
     }
   }
   for (; i < n; i += lanes) {
     const int64_t left = n - i;
     const auto d = (left >= lanes ? load(x + i) : load_partial(x + i, left, shift)) - shift;
-    sum[0] += d;
-    squares[0] += d * d;
+    add(sum, d);
+    add(squares, d * d);
   }
-  return {sum_lanes<Real>((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          sum_lanes<Real>((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+  return {total(sum), total(squares)};
+}
+
+// The squared error near its minimum is a small difference of sums of squares, which float products would spoil.
+PYOPS_INLINE RowMoments block_moments_wide(const float* x, int64_t n, double shift) {
+  constexpr int lanes = kLanes<double>;
+  Vector<double> sum[kUnroll] = {}, squares[kUnroll] = {};
+  int64_t i = 0;
+  for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      prefetch_ahead(x + i + u * lanes);
+      const auto d = load_double(x + i + u * lanes) - shift;
+      sum[u] += d;
+      squares[u] += d * d;
+    }
+  }
+  double rest = sum_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  double total = sum_lanes<double>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  for (; i < n; ++i) {
+    const double d = double(x[i]) - shift;
+    rest += d;
+    total += d * d;
+  }
+  return {shift + rest / double(n), total - rest * rest / double(n), 0};
 }
 
 template <class T>
@@ -67,10 +118,16 @@ __attribute__((noinline)) RowMoments block_moments_in_double(const T* x, int64_t
 }
 
 template <class T>
-PYOPS_INLINE RowMoments block_moments(const T* x, int64_t n, double guess) {
+PYOPS_INLINE RowMoments block_moments(const T* x, int64_t n, double guess, SphericalLoss loss) {
   using Real = typename Accumulation<T>::type;
   const double count = double(n);
-  if (n <= kTinyRow) return block_moments_in_double(x, n);  // z of so short a row is all but fixed: no float32
+  if (n <= kTinyRow) return block_moments_in_double(x, n);
+  if constexpr (std::is_same_v<T, float>) {
+    if (loss == SphericalLoss::mse_onehot) {
+      const RowMoments row = block_moments_wide(x, n, 0);
+      return finite(row.m2) ? row : block_moments_in_double(x, n);
+    }
+  }
   Real shift = Real(guess);
   ShiftedSums sums = shifted_sums(x, n, shift);
   for (int again = 0; again < 2 && sums.sum * sums.sum > 0.5 * count * sums.squares; ++again) {
@@ -144,7 +201,7 @@ RowMoments moments(const void* data, int64_t n, const SphericalOptions& options)
   double count = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    RowMoments block = block_moments(x + begin, size, total.mean);
+    RowMoments block = block_moments(x + begin, size, total.mean, options.loss);
     if (with_log) block.sum_log = block_sum_log(x + begin, size, options.loss, options.eps);
     merge_moments(count, total, double(size), block);
   }

@@ -10,8 +10,8 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> spherical_loss_cuda(const Tensor& logits_in, const Tensor& target,
                                                        const OptionalTensor& target_weight,
-                                                       const OptionalTensor& weight_in, int64_t loss_number,
-                                                       double a, double b, double eps, double label_smoothing,
+                                                       const OptionalTensor& weight_in, int64_t loss_number, double a,
+                                                       double b, double eps, double label_smoothing,
                                                        int64_t ignore_index, int64_t reduction, bool safe_mean,
                                                        std::optional<ScalarType> out_dtype) {
   const SphericalOptions options = check_spherical_options(loss_number, a, b, eps, label_smoothing);
