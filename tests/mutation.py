@@ -67,7 +67,7 @@ CPP = [
     Mutant(FORMULA, " - partials.slope * ((mean - center) * scale)", ""),
     Mutant(FORMULA, "partials.slope += omega / total / scale;", "partials.slope += omega / total;"),
     Mutant(FORMULA, "row.m2 == HUGE_VAL ? row.m2 : ", ""),
-    Mutant(FORMULA, "square_overflows ? Real(2) / u : ", ""),
+    Mutant(FORMULA, "(square_overflows ? Real(2) : u + u)", "(u + u)"),
     Mutant(SOFTMAX, "total.sum * exp(total.maximum - maximum)", "total.sum"),
     Mutant(SOFTMAX, "other.sum * exp(other.maximum - maximum)", "other.sum * 1.001 * exp(other.maximum - maximum)"),
     Mutant(SOFTMAX, "total.weighted_sum + other.weighted_sum", "other.weighted_sum"),

@@ -205,6 +205,9 @@ def spherical_calls(dtype: torch.dtype) -> None:
     for capacity in _common.PART_CAPACITIES[1:]:
         classes = min(2 * capacity * longest, 2**31 - 1)
         _spherical_pair(*tensors(1, classes), None, None, 0, 0.0, 1)
+    if dtype == torch.float32:
+        for classes in (longest, 3 * longest + 1):
+            _spherical_pair(*tensors(1000, classes), None, None, 3, 0.0, 1)  # in float64
     if dtype in (torch.float32, torch.float16):
         return  # options do not change how a dtype is handled: the narrow tile and the widest registers will do
     for loss in range(4):

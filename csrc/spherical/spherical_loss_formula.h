@@ -78,7 +78,7 @@ PYOPS_HOST_DEVICE static inline Real smooth_term(SphericalLoss loss, Real o, Rea
   const bool taylor = loss == SphericalLoss::taylor_softmax;
   const Real u = taylor ? Real(1) + o : o, e = taylor ? Real(1) : eps;
   const bool square_overflows = u * u - u * u != 0 && u - u == 0;
-  return square_overflows ? Real(2) / u : (u + u) / (u * u + e);
+  return (square_overflows ? Real(2) : u + u) / (square_overflows ? u : u * u + e);
 }
 
 PYOPS_HOST_DEVICE static inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }

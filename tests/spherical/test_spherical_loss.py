@@ -27,6 +27,9 @@ import pyops
 from pyops.spherical import reference
 
 spherical = pytest.mark.parametrize("name", LOSSES)
+CPU_LEVELS_AND_OTHERS = pytest.mark.parametrize(
+    "backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference", "triton-interpreted"], indirect=True
+)
 ALL = (*LOSSES, "cross_entropy")
 
 
@@ -374,7 +377,7 @@ def test_offset_of_the_logits_costs_no_accuracy(name, offset, classes, backend):
 @pytest.mark.row("R8")
 @pytest.mark.parametrize("drift", ["rising", "falling", "step", "one outlier"])
 @spherical
-@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference"], indirect=True)
+@CPU_LEVELS_AND_OTHERS
 def test_mean_that_drifts_along_a_row(name, drift, backend):
     """Blocks of a row with different means: the shift of one block is wrong for the next."""
     classes = 3 * 4096 + 11
@@ -394,14 +397,14 @@ def test_mean_that_drifts_along_a_row(name, drift, backend):
 @pytest.mark.row("R7", "R8")
 @pytest.mark.parametrize("scale", [1e20, 1e30, 1e-20, 1e-30, 1e-40])
 @spherical
-@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference"], indirect=True)
+@CPU_LEVELS_AND_OTHERS
 def test_huge_and_subnormal_logits(name, scale, backend):
     """Squares leave the range of float32; whatever is finite in the formula is finite and accurate."""
     check_accuracy(FUNCTIONS_BY_NAME[name], make_call(name, "none", rows=3, classes=4100, scale=scale))
 
 
 @pytest.mark.row("R8")
-@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference"], indirect=True)
+@CPU_LEVELS_AND_OTHERS
 def test_margins_of_thousands(backend):
     """a (b - z) reaches thousands: softplus and sigmoid neither overflow nor lose their small side."""
     logits = torch.zeros(2, 10_000)
@@ -429,7 +432,7 @@ def test_margins_of_thousands_under_transforms():
 
 @pytest.mark.row("R8")
 @pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-5])
-@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference"], indirect=True)
+@CPU_LEVELS_AND_OTHERS
 def test_squared_error_close_to_its_minimum(noise, backend):
     """A converged model: logits near the one-hot target, where q - 2 o_c + 1 cancels."""
     target = torch.arange(8)

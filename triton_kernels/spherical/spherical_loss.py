@@ -84,7 +84,7 @@ def smooth_term(o, eps, LOSS: tl.constexpr):
     else:
         u = o
     huge = (tl.abs(u) > 1e18) & (tl.abs(u) < float("inf"))
-    return tl.where(huge, 2 / tl.where(huge, u, 1.0), (u + u) / (u * u + eps))
+    return tl.where(huge, 2.0, u + u) / tl.where(huge, u, u * u + eps)
 
 
 @triton.jit
@@ -485,6 +485,14 @@ def reasons_against(op: str, *arguments) -> list[str]:
     return reasons + (_common.in_place_reasons(logits) if op.endswith("_") else [])
 
 
+def accumulator(logits: Tensor, loss: int):
+    """The type in which a tile is worked on. The squared error near its minimum is a small difference of sums of
+    squares, and its gradient one of logits: in float64 that costs conversions, hidden behind the memory."""
+    if loss == MSE_ONEHOT.value and logits.dtype == torch.float32:
+        return tl.float64
+    return _common.accumulator(logits)
+
+
 def _loss_reasons(loss: int) -> list[str]:
     return [] if 0 <= loss <= MSE_ONEHOT.value else [f"loss is {loss}; the Triton kernels know 0 to {MSE_ONEHOT.value}"]
 
@@ -522,14 +530,15 @@ def spherical_loss(
     partials = logits.new_empty((3 if log_of else 2, rows, plan.parts), dtype=torch.float64)
     walk = (rows, classes, logits.stride(0), plan.lead, target_count, *target.stride(),
             *_common.strides(target_weight), ignore_index)  # fmt: skip
+    wide = accumulator(logits, loss)
     cut = {"LOG_OF": log_of, "PEEL": plan.peel, "VECTOR": plan.vector}
     with _common.on_device_of(logits):
         _common.launch(
             row_moments, (plan.row_blocks, plan.parts),
             logits, target, target_weight, partials, *walk, plan.part_columns, eps,
-            ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PIVOT=min(PIVOT_COLUMNS, tile.columns),
+            ACCUMULATOR=wide, EVEN=plan.even, PIVOT=min(PIVOT_COLUMNS, tile.columns),
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **cut,
-            registers=255 if logits.dtype == torch.float64 else None,
+            registers=255 if wide is tl.float64 else None,
         )  # fmt: skip
         _common.launch(
             finish_rows, (plan.finish_blocks,),
@@ -560,7 +569,7 @@ def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps
             rows, classes, logits.stride(0), grad_logits.stride(0), plan.lead,
             grad_loss.stride(0) if grad_loss.dim() else 0, target.size(1), *target.stride(), statistics.size(1),
             plan.column_blocks, eps,
-            LOSS=loss, ACCUMULATOR=_common.accumulator(logits), EVEN=plan.even, PEEL=plan.peel,
+            LOSS=loss, ACCUMULATOR=accumulator(logits, loss), EVEN=plan.even, PEEL=plan.peel,
             VECTOR=plan.vector, GRAD_ALIGNED=grad_aligned, ROWS=tile.rows,
             COLUMNS=tile.columns, num_warps=tile.num_warps, registers=registers,
         )  # fmt: skip
