@@ -12,11 +12,9 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything can import one
 
-import datetime
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import contract
 import hypothesis
@@ -100,21 +98,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "routed: calls pyops.use_backend, so it runs after the tests that do not")
 
 
-def _known_failures() -> dict[str, str]:
-    """Test function -> what is wrong, of the lines of known_failures.txt that have not expired."""
-    lines = (Path(__file__).parent / "known_failures.txt").read_text().splitlines()
-    rows = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
-    today = datetime.date.today().isoformat()
-    return {name: f"issue 2, until {expiry}: {what}" for name, expiry, what in rows if today <= expiry}
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wants_slow = "slow" in (config.option.markexpr or "")
-    known = _known_failures()
     for item in items:
-        if item.originalname in known:
-            item.add_marker(pytest.mark.xfail(reason=known[item.originalname], strict=False))
         backend = _backend_of(item)
         item.user_properties.append(("backend", backend))
         for mark in item.iter_markers("row"):
@@ -194,11 +181,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in reports:
             if outcome == "deselected":
                 _count(not_run, report.user_properties, "deselected")
-            elif outcome == "xfailed":
-                _count(not_run, report.user_properties, "KNOWN FAILING")
             elif outcome == "skipped":
                 _count(not_run, report.user_properties, _reason(report))
-            elif outcome in ("passed", "xpassed", "failed", "error") and hasattr(report, "user_properties"):
+            elif outcome in ("passed", "failed", "error") and hasattr(report, "user_properties"):
                 _count(ran, report.user_properties, outcome)
     terminalreporter.section("cases by backend")
     native = contract.native()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pyops._autograd import reject
+from pyops._dispatch import library
 from pyops.spherical.reference import REDUCTIONS
 
 _REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
@@ -79,3 +81,18 @@ def autocast_arguments(logits, target_weight, weight, out_dtype):
     if out_dtype is None and logits.dtype in (torch.float16, torch.bfloat16):
         out_dtype = torch.float32
     return logits, target_weight, weight, out_dtype
+
+
+def register_autocast(name: str) -> None:
+    """Gives a loss op, whose first arguments are (logits, target, target_weight, weight) and whose last is out_dtype,
+    the autocast rule."""
+    op = getattr(torch.ops.pyops, name).default
+
+    def kernel(excluded, logits, target, target_weight, weight, *options):
+        logits, target_weight, weight, out_dtype = autocast_arguments(logits, target_weight, weight, options[-1])
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(logits, target, target_weight, weight, *options[:-1], out_dtype)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        library.impl(name, functools.partial(kernel, excluded), key)

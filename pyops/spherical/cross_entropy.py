@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from pyops.spherical._options import (
     autocast_arguments,
     check_tensors,
     reduction_code,
+    register_autocast,
     reject_options,
 )
 
@@ -90,20 +89,7 @@ def _check_constants(*args) -> None:
 register_derivative("cross_entropy", _backward, _save, _check_constants)
 register_no_derivative("cross_entropy_backward")
 register_no_derivative("cross_entropy_backward_")
-
-
-def _register_autocast() -> None:
-    def kernel(excluded, logits, target, target_weight, weight, *options):
-        logits, target_weight, weight, out_dtype = autocast_arguments(logits, target_weight, weight, options[-1])
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return _op(logits, target, target_weight, weight, *options[:-1], out_dtype)
-
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        _dispatch.library.impl("cross_entropy", functools.partial(kernel, excluded), key)
-
-
-_register_autocast()
+register_autocast("cross_entropy")
 
 
 def _composite(
