@@ -18,8 +18,7 @@ demo: setup
 	$(RUN) -m pyops demo
 
 # Fail early: seconds first, minutes last.
-# sanitize, bench-quick and triton-offline-old join when their time on two cores is known.
-test: lint unit triton-offline cuda-ledger wheel-test
+test: lint cuda-ledger unit wheel-test bench-quick sanitize triton-offline triton-offline-old
 
 lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
@@ -60,7 +59,7 @@ test-oldest: setup
 # By hand, hours: run when a family closes; summarise the log in bench/results/.
 nightly: setup
 	PYOPS_FUZZ_CASES=50000 $(RUN) -m pytest tests -m 'slow or not slow'
-	$(MAKE) triton-offline-old sanitize bench-quick mutation test-oldest
+	$(MAKE) triton-offline-old sanitize mutation test-oldest
 
 clean:
 	rm -rf build dist .venv .triton-* pyops/*.so
