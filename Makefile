@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 TRITON_OLD := 3.6.0
 
-.PHONY: setup demo test lint unit triton-offline triton-offline-old cuda-ledger wheel-test sanitize bench bench-quick mutation nightly test-oldest clean
+.PHONY: setup demo test lint unit emulate triton-offline triton-offline-old cuda-ledger wheel-test sanitize bench bench-quick mutation nightly test-oldest clean
 
 setup: .venv/.ready
 
@@ -11,20 +11,26 @@ setup: .venv/.ready
 	test -x $(RUN) || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -q -c constraints.txt torch triton
 	$(RUN) -m pip install -q numpy pybind11 'setuptools>=77' wheel ninja cmake
-	$(RUN) -m pip install -q --no-build-isolation -e '.[dev]'
+	PYOPS_EMULATION=ON $(RUN) -m pip install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: setup
 	$(RUN) -m pyops demo
 
 # Fail early: seconds first, minutes last.
-test: lint cuda-ledger unit wheel-test bench-quick sanitize triton-offline triton-offline-old
+test: lint cuda-ledger unit emulate wheel-test bench-quick sanitize triton-offline triton-offline-old
 
 lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
 
 unit: setup
 	$(RUN) -m pytest tests
+
+# The CUDA kernels on the CPU: all cases, then all cases under the race checker.
+emulate: setup
+	$(RUN) -m pytest -q tests/emulator
+	PYOPS_CUDA_EMU=1 $(RUN) -m pytest -q tests/contract.py tests/spherical -k cuda-emulated
+	PYOPS_CUDA_EMU=check $(RUN) -m pytest -q tests/contract.py tests/spherical -k cuda-emulated
 
 triton-offline: setup
 	$(RUN) tests/triton_offline.py

@@ -1,7 +1,8 @@
 """Glue only: runs CMake once and hands its outputs to setuptools. CMakeLists.txt describes the build.
 
 Options come from the environment: PYOPS_CUDA (ON, OFF, default: ON when nvcc is found), PYOPS_CUDA_ARCHS,
-PYOPS_SANITIZE, PYOPS_WERROR, PYOPS_BUILD_DIR.
+PYOPS_EMULATION (ON, OFF, default OFF: the CUDA kernels for the CPU emulator, for tests), PYOPS_SANITIZE, PYOPS_WERROR,
+PYOPS_BUILD_DIR.
 """
 
 import importlib.util
@@ -34,13 +35,21 @@ def find_tools() -> tuple[Path, str]:
     return Path(torch.origin).parent, cmake
 
 
-def wants_cuda() -> bool:
-    choice = os.environ.get("PYOPS_CUDA", "").upper()
+def wants(option: str, default: bool) -> bool:
+    choice = os.environ.get(option, "").upper()
     if choice in ("ON", "1", "OFF", "0"):
         return choice in ("ON", "1")
     if choice:
-        raise SystemExit(f"pyops: PYOPS_CUDA must be ON or OFF, got {choice!r}")
-    return shutil.which("nvcc") is not None
+        raise SystemExit(f"pyops: {option} must be ON or OFF, got {choice!r}")
+    return default
+
+
+def wants_cuda() -> bool:
+    return wants("PYOPS_CUDA", shutil.which("nvcc") is not None)
+
+
+def wants_emulation() -> bool:
+    return wants("PYOPS_EMULATION", False)
 
 
 class CMakeBuild(build_ext):
@@ -65,6 +74,7 @@ class CMakeBuild(build_ext):
             "PYOPS_OUTPUT_DIR": output,
             "PYOPS_NATIVE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "PYOPS_CUDA": "ON" if wants_cuda() else "OFF",
+            "PYOPS_EMULATION": "ON" if wants_emulation() else "OFF",
             "PYOPS_SANITIZE": os.environ.get("PYOPS_SANITIZE", ""),
             "PYOPS_WERROR": os.environ.get("PYOPS_WERROR", "OFF"),
             "Python_EXECUTABLE": sys.executable,
@@ -87,6 +97,7 @@ class CMakeBuild(build_ext):
 
 def extensions() -> list[Extension]:
     names = ["pyops._ops", "pyops._native"] + (["pyops._cuda"] if wants_cuda() else [])
+    names += ["pyops._emulated", "pyops._emulated_check"] if wants_emulation() else []
     return [Extension(name, sources=[]) for name in names]
 
 

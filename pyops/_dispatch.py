@@ -22,7 +22,7 @@ from types import ModuleType
 
 import torch
 
-from pyops import _environment, _lib
+from pyops import _emulation, _environment, _lib
 from pyops._environment import BACKENDS
 
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -50,6 +50,8 @@ class Op:
         device = args[_first_tensor(args)].device.type
         if backend == "reference":
             return []
+        if backend == "cuda" and _lib.emulated:
+            return [] if device == "cpu" else [f"the emulation serves CPU tensors, the tensors are on {device}"]
         if backend in ("cpu", "cuda"):
             if backend == "cuda" and _lib.cuda_unavailable():
                 return [_lib.cuda_unavailable()]
@@ -64,6 +66,8 @@ class Op:
             return getattr(_triton_kernels(self.triton_module)[0], self.name)(*args)
         if backend == "reference":
             return self.reference(*args)
+        if backend == "cuda" and _lib.emulated:
+            return _emulation.run(self.name, args)
         return self.native[backend.upper()].call_boxed(keyset, *args)
 
 

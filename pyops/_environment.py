@@ -33,6 +33,12 @@ VARIABLES = {
     "PYOPS_CPU_ISA": Variable(
         "", ", ".join(ISA_LEVELS), "cap on the CPU kernel level", lambda text: text in ISA_LEVELS
     ),
+    "PYOPS_CUDA_EMU": Variable(
+        "0",
+        "0, 1, check",
+        "1: backend cuda serves CPU tensors through the CUDA kernels in emulation; check: with the race checker",
+        lambda text: text in ("0", "1", "check"),
+    ),
     "PYOPS_STRICT": Variable(
         "0", "0, 1", "1: a fallback to the torch reference is an error", lambda text: text in ("0", "1")
     ),

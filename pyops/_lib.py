@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pyops import _emulation, _environment
 from pyops._environment import ISA_LEVELS
 
 _FOLDER = Path(__file__).resolve().parent
@@ -15,6 +16,7 @@ _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps pyops
 
 native = None
 _cuda_missing = ""  # why _cuda.so is not loaded
+emulated = False  # whether backend "cuda" is the emulation, for CPU tensors
 
 
 def _torch_version() -> tuple[int, int]:
@@ -34,7 +36,7 @@ def _load(path: Path) -> None:
 
 def load() -> None:
     """Loads what is there; ImportError says what was found and how to repair it."""
-    global native, _cuda_missing
+    global native, _cuda_missing, emulated
     if _torch_version() < OLDEST_TORCH:
         raise ImportError(
             f"pyops: built for torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, found {torch.__version__}. "
@@ -49,6 +51,11 @@ def load() -> None:
     _load(ops)
     native = importlib.import_module("pyops._native")
     native.attach(str(ops))
+    emulation = _emulation.library(_environment.values["PYOPS_CUDA_EMU"], _FOLDER)
+    if emulation:
+        _load(emulation)
+        _emulation.attach(emulation)
+        emulated = True
     cuda = _FOLDER / "_cuda.so"
     if not cuda.exists():
         _cuda_missing = "this build has no CUDA library (_cuda.so); install on a machine with nvcc"

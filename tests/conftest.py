@@ -90,7 +90,7 @@ NO_TEST = {
 
 # These put a Python router on the dispatcher for the rest of the process. They run last, so that all other tests
 # see the C++ kernels exactly as a user's process has them.
-ROUTED_BACKENDS = ("reference", "triton-interpreted")
+ROUTED_BACKENDS = ("reference", "triton-interpreted", "cuda-emulated")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -180,7 +180,7 @@ def ops() -> tuple[Op, ...]:
 
 # ---- backends ----------------------------------------------------------------------------------------------
 
-BACKENDS = ("cpu:baseline", "cpu:avx2", "cpu:avx512", "triton-interpreted", "reference", "cuda")
+BACKENDS = ("cpu:baseline", "cpu:avx2", "cpu:avx512", "cuda-emulated", "triton-interpreted", "reference", "cuda")
 on_every_backend = pytest.mark.parametrize(
     "backend",
     [pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name for name in BACKENDS],
@@ -205,6 +205,8 @@ def unavailable(backend: str) -> str:
         reached = native().current_isa()
         native().force_isa(None)
         return "" if reached == level else f"this processor reaches {native().detected_isa()} only"
+    if kind == "cuda-emulated":
+        return "" if _lib.emulated else "a run of its own (make emulate)"
     if kind == "cuda":
         return _lib.cuda_unavailable()
     return _dispatch.triton_unavailable() if kind == "triton-interpreted" else ""
@@ -225,7 +227,7 @@ def running_on(backend: str) -> Iterator[None]:
     elif backend in ("default", "cuda"):
         yield
     else:
-        with pyops.use_backend("triton" if kind == "triton-interpreted" else kind):
+        with pyops.use_backend({"triton-interpreted": "triton", "cuda-emulated": "cuda"}.get(kind, kind)):
             yield
 
 

@@ -2,9 +2,11 @@
 // and the check of a launch. No CUDA header and no CUDA build of torch is needed to compile or link this.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include "tensor.h"
+
+#ifndef PYOPS_EMU
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 namespace pyops {
 
@@ -15,7 +17,9 @@ class CudaScope {
   void* stream() const { return stream_; }
 
  private:
+#ifndef PYOPS_EMU  // the emulated device is the CPU, and has one stream
   torch::stable::accelerator::DeviceGuard guard_;
+#endif
   void* stream_;
 };
 

@@ -97,6 +97,23 @@ DType dtype_of(ScalarType dtype) {
                                          : DType::float32;
 }
 
+#ifdef PYOPS_EMU
+// Of the checker, where it is linked in: memory that kernels may touch.
+extern "C" __attribute__((weak)) void pyops_emulator_register(void* begin, size_t bytes, size_t element_bytes,
+                                                              bool writable, const char* name);
+#endif
+
+// A tensor that was made here and that a kernel will be given.
+static Tensor known_to_emulator(Tensor tensor) {
+#ifdef PYOPS_EMU
+  if (pyops_emulator_register && tensor.numel()) {
+    const size_t element = tensor.element_size();
+    pyops_emulator_register(tensor.data_ptr(), size_t(tensor.numel()) * element, element, true, "a new tensor");
+  }
+#endif
+  return tensor;
+}
+
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
@@ -113,11 +130,11 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
     throw std::runtime_error("pyops: out of memory: no " + std::to_string(stride * element_bytes(dtype_of(dtype))) +
                              " bytes for a result on " + device_name(like));
   }
-  return Tensor(handle);
+  return known_to_emulator(Tensor(handle));
 }
 
 Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : known_to_emulator(torch::stable::contiguous(tensor));
 }
 
 void check_strided(const char* op, const char* argument, const Tensor& tensor) {
@@ -147,7 +164,7 @@ DType check_floating(const char* op, const char* argument, const Tensor& tensor)
 
 Tensor rows_dense(const Tensor& tensor) {
   const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
-  return dense ? tensor : torch::stable::contiguous(tensor);
+  return dense ? tensor : known_to_emulator(torch::stable::contiguous(tensor));
 }
 
 LargeOutput new_large_output(const Tensor& like, int64_t rows, int64_t columns) {

@@ -2,9 +2,9 @@
 // `statistics`, a few numbers per row (spherical_loss_formula.h, cross_entropy_formula.h), and `normalizer`,
 // what the 'mean' reduction divides by (float64; ones otherwise). `loss` is a SphericalLoss and `reduction` a
 // Reduction by number: torch loses the memory of a string argument at each call (32 bytes, torch 2.11 to 2.13).
-#include <torch/csrc/stable/library.h>
+#include "../common/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyops, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(PYOPS_LIBRARY, m) {
   m.def(
       "spherical_loss(Tensor logits, Tensor target, Tensor? target_weight, Tensor? weight, int loss, float a, "
       "float b, float eps, float label_smoothing, int ignore_index, int reduction, bool safe_mean, "

@@ -28,7 +28,9 @@ from pyops.spherical import reference
 
 spherical = pytest.mark.parametrize("name", LOSSES)
 CPU_LEVELS_AND_OTHERS = pytest.mark.parametrize(
-    "backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512", "reference", "triton-interpreted"], indirect=True
+    "backend",
+    ["cpu:baseline", "cpu:avx2", "cpu:avx512", "cuda-emulated", "reference", "triton-interpreted"],
+    indirect=True,
 )
 ALL = (*LOSSES, "cross_entropy")
 

@@ -1,7 +1,6 @@
 // CUDA front of cross_entropy and its backward: check, lay out, allocate, launch on the current stream. Nothing
 // waits for the device; a target out of range stops the kernel instead of raising here.
-#include <torch/csrc/stable/library.h>
-
+#include "../../common/library.h"
 #include "cross_entropy.cuh"
 #include "row_front.h"
 
@@ -88,7 +87,7 @@ void cross_entropy_backward_cuda_(const Tensor& grad_loss, Tensor logits, const 
 }  // namespace
 }  // namespace pyops
 
-STABLE_TORCH_LIBRARY_IMPL(pyops, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYOPS_LIBRARY, PYOPS_CUDA_KEY, m) {
   m.impl("cross_entropy", TORCH_BOX(&pyops::cross_entropy_cuda));
   m.impl("cross_entropy_backward", TORCH_BOX(&pyops::cross_entropy_backward_cuda));
   m.impl("cross_entropy_backward_", TORCH_BOX(&pyops::cross_entropy_backward_cuda_));

@@ -103,11 +103,12 @@ PYOPS_DEVICE void shifted_sums(const dev::Bits128 (&bits)[kA], int elements, Rea
   sum = squares = 0;
 #pragma unroll
   for (int a = 0; a < kA; ++a) {
-    Real o[dev::kVectorElements<T>], vector_sum = 0, vector_squares = 0;
+    RealOf<T> o[dev::kVectorElements<T>];
+    Real vector_sum = 0, vector_squares = 0;
     dev::unpack(bits[a], o, static_cast<const T*>(nullptr));
 #pragma unroll
     for (int b = 0; b < dev::kVectorElements<T>; ++b) {
-      const Real d = b < elements ? o[b] - shift : Real(0);
+      const Real d = b < elements ? Real(o[b]) - shift : Real(0);
       vector_sum += d;
       vector_squares += d * d;
     }
@@ -139,9 +140,10 @@ PYOPS_DEVICE bool all_equal(const dev::Bits128 (&bits)[kA], int elements, RealOf
 // m2 = sum d^2 - (sum d)^2 / count is safe while the second term is at most 4/5 of the first. Elements that would
 // break that, or whose squares leave the range of float, end the run and are taken in double, read again from
 // memory; their mean becomes the shift of the next run. With a first shift from all over the row this is rare.
-template <class T, bool kWithLog>
+// Real is double for float logits where float products would not do: the squared error near its minimum is a small
+// difference of sums of squares.
+template <class T, bool kWithLog, class Real>
 struct MomentSums {
-  using Real = RealOf<T>;
   const T* x;
   const SphericalOptions& options;
   Real shift;
@@ -158,7 +160,7 @@ struct MomentSums {
   PYOPS_DEVICE bool in_range(Real d_squares, const dev::Bits128 (&bits)[kA], int elements) const {
     constexpr Real largest = sizeof(Real) == 8 ? Real(1e300) : Real(1e30);
     if (!(d_squares < largest)) return false;
-    return d_squares * largest >= Real(1) || all_equal<T>(bits, elements, shift);
+    return d_squares * largest >= Real(1) || all_equal<T>(bits, elements, RealOf<T>(shift));
   }
 
   template <int kA>
@@ -186,7 +188,7 @@ struct MomentSums {
     double mean = double(shift);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
-      const double m2 = squares - sum * sum / count;  // rounding may leave it below 0; NaN stays
+      const double m2 = finite(squares) ? squares - sum * sum / count : squares;  // rounding may leave it below 0
       if (count != 0) merge_moments(done, total, count, {mean + sum / count, m2 < 0 ? 0 : m2, 0});
       if (part == 1 || vectors == 0) break;
       sums_in_double(vectors, width, column, step, mean);
@@ -195,7 +197,8 @@ struct MomentSums {
     count = sum = squares = 0;
   }
 
-  // Two passes: a mean, then sums about it. Equal elements have exactly that mean and sum = squares = 0.
+  // Two passes: a mean, then sums about it. Equal elements have exactly that mean and sum = squares = 0; with an
+  // infinity and no NaN, squares is infinite and not NaN.
   PYOPS_DEVICE void sums_in_double(int vectors, int width, int column, int step, double& mean) {
     mean = double(dev::widen(x[column]));
     count = double(vectors * width);
@@ -203,12 +206,13 @@ struct MomentSums {
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       mean += sum / count;
+      const double origin = finite(mean) ? mean : 0;
       sum = squares = 0;
 #pragma unroll 1
       for (int a = 0; a < vectors; ++a) {
 #pragma unroll 1
         for (int b = 0; b < width; ++b) {
-          const double d = double(dev::widen(x[column + a * step + b])) - mean;
+          const double d = double(dev::widen(x[column + a * step + b])) - origin;
           sum += d;
           squares += d * d;
         }
@@ -245,14 +249,22 @@ struct Sample {
   }
 };
 
+// Sum of squares of `count` elements about the mean of the row; where that is not finite, m2 says all there is to say.
+PYOPS_DEVICE double about_mean(double count, const RowMoments& own, double mean) {
+  if (count == 0) return 0;
+  const double delta = own.mean - mean;
+  return finite(mean) ? own.m2 + count * (delta * delta) : own.m2;
+}
+
 // Merges the moments of all threads, which together hold `columns` elements. Chan's formula about one common mean,
 // without a division per step; `pivot`, near the data, keeps the sum of means exact where all of them are equal.
-PYOPS_DEVICE RowMoments merge_in_block(double count, const RowMoments& own, double columns, double pivot,
+PYOPS_DEVICE RowMoments merge_in_block(double count, const RowMoments& own, double columns, double first_element,
                                        double* scratch) {
+  const double pivot = finite(first_element) ? first_element : 0;
   double first[1] = {count == 0 ? 0.0 : count * (own.mean - pivot)};
   block_sum(first, scratch);
-  const double mean = pivot + first[0] / columns, delta = own.mean - mean;
-  double second[2] = {count == 0 ? 0.0 : own.m2 + count * (delta * delta), own.sum_log};
+  const double mean = pivot + first[0] / columns;
+  double second[2] = {about_mean(count, own, mean), own.sum_log};
   block_sum(second, scratch + kMaximumWarps);
   return {mean, second[0], second[1]};
 }
@@ -275,8 +287,8 @@ struct Workspace {
   }
 };
 
-template <class T, bool kWithLog>
-__global__ void __launch_bounds__(kMaximumThreads, kWithLog || sizeof(T) == 8 ? 2 : 3)
+template <class T, bool kWithLog, class Real>
+__global__ void __launch_bounds__(kMaximumThreads, kWithLog || sizeof(Real) == 8 ? 2 : 3)
     moments_kernel(SphericalLossForward f, RowSplit split, int64_t first_row, RowMoments* partials) {
   PYOPS_SHARED(double, scratch, 3 * kMaximumWarps);
   const LossRows& rows = f.rows;
@@ -286,7 +298,7 @@ __global__ void __launch_bounds__(kMaximumThreads, kWithLog || sizeof(T) == 8 ? 
   const T* x = static_cast<const T*>(rows.logits) + row * rows.row_stride + begin;
   const Sample<T> sample(x, columns);  // on its way while the targets are looked up
   if (!row_counts<T>(rows, row)) return;
-  MomentSums<T, kWithLog> sums(x, sample.mean(), f.options);
+  MomentSums<T, kWithLog, Real> sums(x, Real(sample.mean()), f.options);
   read_row(x, columns, sums);
   sums.end_run(0, 0, 0, 0);
   const RowMoments own = {sums.total.mean, sums.total.m2, sums.log_sum};
@@ -304,10 +316,9 @@ PYOPS_DEVICE RowMoments merge_parts(const RowMoments* partials, const RowSplit& 
     const int64_t left = classes - part * split.part_columns;
     merge_moments(count, own, double(left < split.part_columns ? left : split.part_columns), partials[part]);
   }
-  const double pivot = partials[0].mean;
+  const double pivot = finite(partials[0].mean) ? partials[0].mean : 0;
   const double mean = pivot + row_sum(count == 0 ? 0.0 : count * (own.mean - pivot), lanes) / double(classes);
-  const double delta = own.mean - mean;
-  return {mean, row_sum(count == 0 ? 0.0 : own.m2 + count * (delta * delta), lanes), row_sum(own.sum_log, lanes)};
+  return {mean, row_sum(about_mean(count, own, mean), lanes), row_sum(own.sum_log, lanes)};
 }
 
 // What the threads of a row add up over its targets.
@@ -395,7 +406,11 @@ template <class T>
 int launch_forward(const SphericalLossForward& f, const RowSplit& split, const RowFinish& finish, void* stream) {
   const LossRows& rows = f.rows;
   const Workspace workspace(rows, split, finish);
-  const auto moments = needs_sum_log(f.options) ? moments_kernel<T, true> : moments_kernel<T, false>;
+  using Real = RealOf<T>;
+  auto moments = needs_sum_log(f.options) ? moments_kernel<T, true, Real> : moments_kernel<T, false, Real>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (f.options.loss == SphericalLoss::mse_onehot) moments = moments_kernel<T, false, double>;
+  }
   int error = rows.classes == 0 ? 0 : for_each_row_slice(rows.rows, [&](int64_t first, int64_t count) {
     return PYOPS_LAUNCH(moments, dim3(unsigned(count), unsigned(split.parts)), dim3(unsigned(split.threads)), 0, stream,
                         f, split, first, workspace.partials);

@@ -1,7 +1,6 @@
 // CUDA front of spherical_loss and its backward: check, lay out, allocate, launch on the current stream. Nothing
 // waits for the device; a target out of range stops the kernel instead of raising here.
-#include <torch/csrc/stable/library.h>
-
+#include "../../common/library.h"
 #include "row_front.h"
 #include "spherical_loss.cuh"
 
@@ -83,7 +82,7 @@ void spherical_loss_backward_cuda_(const Tensor& grad_loss, Tensor logits, const
 }  // namespace
 }  // namespace pyops
 
-STABLE_TORCH_LIBRARY_IMPL(pyops, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(PYOPS_LIBRARY, PYOPS_CUDA_KEY, m) {
   m.impl("spherical_loss", TORCH_BOX(&pyops::spherical_loss_cuda));
   m.impl("spherical_loss_backward", TORCH_BOX(&pyops::spherical_loss_backward_cuda));
   m.impl("spherical_loss_backward_", TORCH_BOX(&pyops::spherical_loss_backward_cuda_));
