@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
+
 from emulator.emulation import FOLDER, build
 
 pytestmark = pytest.mark.emu
