@@ -28,7 +28,6 @@ unit: setup
 
 # The CUDA kernels on the CPU: all cases, then all cases under the race checker.
 emulate: setup
-	$(RUN) -m pytest -q tests/emulator
 	PYOPS_CUDA_EMU=1 $(RUN) -m pytest -q tests/contract.py tests/spherical -k cuda-emulated
 	PYOPS_CUDA_EMU=check $(RUN) -m pytest -q tests/contract.py tests/spherical -k cuda-emulated
 

@@ -174,16 +174,23 @@ uint32_t atomic_exchange_u32(uint32_t* address, uint32_t value);
 // 16-byte accesses: alignment checked, counted as one request.
 void check_alignment(const void* address, size_t bytes, const char* what);
 
+typedef uint32_t Vector128 __attribute__((vector_size(16), may_alias));
+
 template <class T>
 inline T load128(const void* address) {
   check_alignment(address, 16, "ldg128");
-  return *static_cast<const T*>(address);
+  const Vector128 bits = *static_cast<const Vector128*>(address);
+  T value;
+  memcpy(&value, &bits, 16);
+  return value;
 }
 
 template <class T>
 inline void store128(void* address, const T& value) {
   check_alignment(address, 16, "stg128");
-  *static_cast<T*>(address) = value;
+  Vector128 bits;
+  memcpy(&bits, &value, 16);
+  *static_cast<Vector128*>(address) = bits;
 }
 
 void cp_async(void* shared, const void* global, int bytes, bool copy);

@@ -98,3 +98,25 @@ def test_blocks_that_wait_for_each_other():
                 turn = session.inout("turn", numpy.zeros(1, numpy.uint32))
                 assert session.run("run_chain", session.input("x", X), total, turn) == 0, session.reports()
                 assert total.values() == X[:4].sum()
+
+
+def counted(name: str, *arguments, seed: int = 0) -> dict[str, int]:
+    with build([FOLDER / "traffic.cu"], check=True).session(seed) as session:
+        x, out = session.input("x", numpy.arange(8192, dtype=numpy.float32)), session.output("out", (1024,))
+        leading = [a for a in arguments if not isinstance(a, tuple)]
+        assert session.run(f"run_{name}", *leading, x, out) == 0, session.reports()
+        return session.counters()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_traffic_is_counted_exactly(seed):
+    """32-byte sectors and shared-memory wavefronts, whatever the schedule."""
+    vectors = counted("copy_vectors", 1, seed=seed)
+    assert (vectors["global_requests"], vectors["sectors"]) == (2 * 8, 2 * 4096 // 32)
+    strided = counted("copy_strided", 4, seed=seed)
+    assert (strided["global_requests"], strided["sectors"]) == (2 * 32, 1024 + 1024 * 4 // 32)
+    for padded, of_a_column in ((True, 1), (False, 32)):
+        tile = counted("transpose", padded, seed=seed)
+        assert tile["shared_requests"] == 64
+        assert tile["wavefronts"] == 32 + 32 * of_a_column
+        assert tile["barriers"] == 1

@@ -664,3 +664,31 @@ def test_normalizer_is_what_the_mean_divides_by(name, variant, backend):
     ignored = (target == -100).reshape(target.shape[0], -1).all(1)
     assert not statistics[ignored].any()
     assert statistics[~ignored].isfinite().all()
+
+
+@pytest.mark.row("R6", "R11")
+@CPU_LEVELS_AND_OTHERS
+def test_a_class_of_weight_zero_adds_nothing_whatever_its_logit(backend):
+    """Its loss is infinite here: times 0 it must not be NaN, neither in the loss nor in the gradient."""
+    logits = torch.tensor([[0.5, 0.0, 2.0, -1.0, 0.25], [0.0, 1.0, 0.0, 3.0, 0.5]])
+    weight = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0])
+    both = {"logits": logits, "target": torch.tensor([[1, 3], [3, 1]]), "weight": weight, "target_weight": None}
+    alone = {**both, "target": torch.tensor([3, 3])}
+    results = [
+        outputs_and_gradients(
+            pyops.spherical_softmax_loss, Call(tensors, {"eps": 0.0, "reduction": "sum"}), ("logits",)
+        )
+        for tensors in (both, alone)
+    ]
+    logits[1, 1] = 0.0
+    both["logits"] = alone["logits"] = logits
+    results += [
+        outputs_and_gradients(
+            pyops.spherical_softmax_loss, Call(tensors, {"eps": 0.0, "reduction": "sum"}), ("logits",)
+        )
+        for tensors in (both, alone)
+    ]
+    for together, single in (results[:2], results[2:]):
+        assert together["output 0"].isfinite()
+        for name, value in together.items():
+            torch.testing.assert_close(value, single[name], msg=lambda text, name=name: f"{name}: {text}")
