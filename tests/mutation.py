@@ -23,6 +23,7 @@ FAMILY = ["tests/spherical/test_spherical_loss.py", "tests/spherical/test_cross_
 # Per group of mutants the tests that may notice, the quick ones first.
 TESTS = {
     "cpp": (FAMILY, ["tests/contract.py", "-k", "(cpu and not fuzz and not large) or backward_of_another"]),
+    "emulated": (["tests/contract.py", "tests/spherical", "-k", "cuda-emulated"],),
     "python": (FAMILY, ["tests/contract.py", "-k", "not triton and not cpu"]),
     "triton": (
         ["tests/contract.py", "-k", "triton-interpreted and not fuzz"],
@@ -109,6 +110,25 @@ CPP = [
     Mutant(f"{CPU}/cross_entropy.cpp", "losses.z_term[row] * (divisor[0] / divisor[1])", "losses.z_term[row]"),
 ]  # fmt: skip
 
+CUDA = "csrc/spherical/cuda"
+EMULATED = [
+    Mutant(f"{CUDA}/spherical_loss.cu", "vector_squares += d * d;", "vector_squares += Real(1.001) * d * d;"),
+    Mutant(f"{CUDA}/spherical_loss.cu", "b < elements ? Real(o[b]) - shift : Real(0)", "Real(o[b]) - shift"),
+    Mutant(f"{CUDA}/spherical_loss.cu", "own.m2 + count * (delta * delta)", "own.m2"),
+    Mutant(f"{CUDA}/spherical_loss.cu", "inverse_scale) * slope + shift;", "inverse_scale) * slope + Real(1.001) * shift;"),
+    Mutant(f"{CUDA}/spherical_loss.cu", "const double pivot = finite(first_element) ? first_element : 0;", "const double pivot = first_element;"),
+    Mutant(f"{CUDA}/row_reduce.cuh", "row * target.row_stride + position * target.column_stride", "row * target.column_stride + position * target.row_stride"),
+    Mutant(f"{CUDA}/row_reduce.cuh", "row * rows.target_weight.row_stride + position", "row + position"),
+    Mutant(f"{CUDA}/row_gradient.cuh", "+ row * g.gradient_row_stride + begin", "+ row * g.row_stride + begin"),
+    Mutant(f"{CUDA}/row_gradient.cuh", "distance >= 0 && distance < columns ?", "distance >= 0 ?"),
+    Mutant(f"{CUDA}/row_gradient.cuh", "sum += gradient_there;", "sum = gradient_there;"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "maximum = larger(maximum, highest);", "maximum = highest;"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "vector_sum += exponential<T>(o[a][b] - finite_shift);", "vector_sum += Real(1.001) * exponential<T>(o[a][b] - finite_shift);"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "own.sum * exp(own.maximum - maximum)", "own.sum"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "exponential<T>(o - maximum) * slope - smooth;", "exponential<T>(o - maximum) * slope;"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "* slope - weight * smooth;", "* slope - smooth;"),
+]  # fmt: skip
+
 PYTHON = [
     Mutant(REFERENCE, "rho.sum(1, keepdim=True) * scale / classes", "rho.sum(1, keepdim=True) * scale"),
     Mutant(REFERENCE, "shift = shift - slope * ((mean - center) * scale)", "pass"),
@@ -148,17 +168,17 @@ def apply(tree: Path, mutant: Mutant) -> str:
     return text
 
 
-def rebuild(tree: Path) -> bool:
+def rebuild(tree: Path, group: str) -> bool:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = os.environ | {"PYOPS_CUDA": "OFF"}
+    environment = os.environ | {"PYOPS_CUDA": "OFF", "PYOPS_EMULATION": "ON" if group == "emulated" else "OFF"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode == 0
 
 
 def caught_by(tree: Path, group: str, timeout: int = 900) -> str:
     """Name of the check that noticed, or an empty string."""
-    environment = os.environ | {"PYTHONPATH": str(tree)}
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYOPS_CUDA_EMU": "1" if group == "emulated" else "0"}
     pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
-    checks = [] if group == "triton" else [["-m", "pyops", "selftest", "--quick"]]
+    checks = [] if group in ("emulated", "triton") else [["-m", "pyops", "selftest", "--quick"]]
     for arguments in [*checks, *([*pytest, *tests] for tests in TESTS[group])]:
         name = arguments[2] if arguments[2] == "selftest" else next(a for a in arguments if a.startswith("tests/"))
         command = [sys.executable, *arguments]
@@ -178,9 +198,9 @@ def prepare(folder: Path, groups: list[str]) -> Path:
     # The installed package maps these folders in; a plain tree needs links.
     (tree / "pyops/triton_kernels").symlink_to(tree / "triton_kernels")
     (tree / "pyops/_bench").symlink_to(tree / "bench")
-    if not rebuild(tree):
-        raise SystemExit("the unmutated tree does not build")
     for group in groups:
+        if not rebuild(tree, group):
+            raise SystemExit("the unmutated tree does not build")
         found = caught_by(tree, group)
         if found:
             raise SystemExit(f"the unmutated tree does not pass {found}")
@@ -189,10 +209,10 @@ def prepare(folder: Path, groups: list[str]) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("cpp", "python", "triton"), help="one group of mutants")
+    parser.add_argument("--only", choices=("cpp", "emulated", "python", "triton"), help="one group of mutants")
     parser.add_argument("--first", type=int, default=0, help="skip this many mutants of each group")
     arguments = parser.parse_args()
-    groups = {"cpp": CPP, "python": PYTHON, "triton": triton_mutants()}
+    groups = {"cpp": CPP, "emulated": EMULATED, "python": PYTHON, "triton": triton_mutants()}
     if arguments.only:
         groups = {arguments.only: groups[arguments.only]}
     survivors, total = [], 0
@@ -202,7 +222,7 @@ def main() -> int:
             for mutant in mutants[arguments.first :]:
                 start = time.perf_counter()
                 original = apply(tree, mutant)
-                built = group != "cpp" or rebuild(tree)
+                built = group not in ("cpp", "emulated") or rebuild(tree, group)
                 found = caught_by(tree, group) if built else "does not build"
                 (tree / mutant.file).write_text(original)
                 total += built
