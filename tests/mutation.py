@@ -77,7 +77,9 @@ CPP = [
     Mutant(SOFTMAX, "2 * lambda * lse / row.sum", "lambda * lse / row.sum"),
     Mutant(SOFTMAX, "lambda * lse * lse;", "lambda * lse;"),
     # kernels: masks, tails, shifts
-    Mutant(MOMENTS, "squares[0] += d * d;", ""),
+    Mutant(MOMENTS, "add(squares, d * d);", ""),
+    Mutant(MOMENTS, "step < kSteps && ", ""),
+    Mutant(MOMENTS, "total += d * d;", ""),
     Mutant(MOMENTS, "load_partial(x + i, left, shift)) - shift", "load_partial(x + i, left, shift + 1)) - shift"),
     Mutant(MOMENTS, "sums.sum * sums.sum > 0.5 * count * sums.squares", "false"),
     Mutant(MOMENTS, "return {double(shift) + rest, sums.squares - sums.sum * rest, 0};", "return {double(shift) + rest, sums.squares, 0};"),
@@ -201,6 +203,7 @@ def prepare(folder: Path, groups: list[str]) -> Path:
     for group in groups:
         if not rebuild(tree, group):
             raise SystemExit("the unmutated tree does not build")
+        print(f"unmutated tree: {group}", flush=True)
         found = caught_by(tree, group)
         if found:
             raise SystemExit(f"the unmutated tree does not pass {found}")

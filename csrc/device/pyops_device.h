@@ -24,9 +24,6 @@
 #include <assert.h>
 #include <cuda_runtime.h>
 
-#include <tuple>
-#include <type_traits>
-
 #define PYOPS_SHARED(type, name, count) __shared__ type name[count]
 
 #define PYOPS_DYN_SHARED(type, name)                                    \
@@ -106,14 +103,12 @@ int launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
     if (error != cudaSuccess) return int(error);
   }
   if (cooperative) {
-    std::tuple<std::remove_cv_t<Parameters>...> values{arguments...};
-    return std::apply(
-        [&](auto&... value) {
-          void* pointers[] = {static_cast<void*>(&value)..., nullptr};
-          return int(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
-                                                 shared_bytes, static_cast<cudaStream_t>(stream)));
-        },
-        values);
+    const auto launch_with = [&](Parameters... values) {  // converted to what the kernel takes, and with addresses
+      void* pointers[] = {static_cast<void*>(&values)..., nullptr};
+      return int(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes,
+                                             static_cast<cudaStream_t>(stream)));
+    };
+    return launch_with(arguments...);
   }
   // clang-format off
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);

@@ -692,3 +692,18 @@ def test_a_class_of_weight_zero_adds_nothing_whatever_its_logit(backend):
         assert together["output 0"].isfinite()
         for name, value in together.items():
             torch.testing.assert_close(value, single[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.row("R8")
+@CPU_LEVELS_AND_OTHERS
+def test_an_offset_does_not_reach_the_small_gradients(backend):
+    """Logits around 1e4 in float32, whose mean has no float32 neighbour closer than 5e-4: the gradients of the other
+    classes, far smaller than that of the target, are still right to five digits of the largest of them."""
+    logits = (1e4 + torch.randn(4, 300, generator=torch.Generator().manual_seed(3))).float()
+    target = torch.tensor([0, 7, 150, 299])
+    call = call_of(logits, target, reduction="sum")
+    ours = outputs_and_gradients(pyops.z_loss, call, ("logits",))["gradient of logits"].double()
+    exact = outputs_and_gradients(definition_of("z_loss"), call.to(torch.float64), ("logits",))["gradient of logits"]
+    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, target.unsqueeze(1), False)
+    error = (ours - exact).abs()[others].max() / exact[others].abs().max()
+    assert error < 1e-5, error
