@@ -786,6 +786,18 @@ def test_offsets_equal_aligned(op, argument, count_cases):
 
 
 @pytest.mark.row("R1")
+@on_every_backend
+def test_layouts_on_every_backend(function, backend, count_cases):
+    """Views of every kind as the differentiable arguments: values and gradients by the accuracy rule."""
+    call, cases = function.make(function.full), 0
+    for name in function.differentiable:
+        for label, view in layouts(call.tensors[name]):
+            check_accuracy(function, on_device(call.replace(**{name: view}), backend), f"{name} {label}")
+            cases += 1
+    count_cases(cases)
+
+
+@pytest.mark.row("R1")
 def test_layouts_of_differentiable_arguments(function, count_cases):
     """Output and gradient are those of the contiguous copy, to the last bit."""
     call = function.make(function.full)

@@ -178,7 +178,7 @@ def rebuild(tree: Path, group: str) -> bool:
 
 def caught_by(tree: Path, group: str, timeout: int = 900) -> str:
     """Name of the check that noticed, or an empty string."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYOPS_CUDA_EMU": "1" if group == "emulated" else "0"}
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYOPS_CUDA_EMU": "check" if group == "emulated" else "0"}
     pytest = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
     checks = [] if group in ("emulated", "triton") else [["-m", "pyops", "selftest", "--quick"]]
     for arguments in [*checks, *([*pytest, *tests] for tests in TESTS[group])]:
