@@ -21,7 +21,7 @@ demo: setup
 test: lint cuda-ledger unit emulate wheel-test bench-quick sanitize triton-offline triton-offline-old
 
 lint: setup
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu')
 
 unit: setup
 	$(RUN) -m pytest tests

@@ -2046,6 +2046,27 @@ def threads(number: int) -> Iterator[None]:
 
 
 @pytest.mark.row("R44")
+@pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
+def test_schedules_give_the_same_bits(function, backend, count_cases):
+    """Whatever the order in which the threads of a CUDA kernel run, and wherever one gives way to another; under the
+    checker without a report."""
+    from pyops import _emulation
+
+    calls = [function.make(variant) for variant in (function.per_row, function.full)]
+    expected = [outputs_and_gradients(function.function, call, function.differentiable) for call in calls]
+    schedules = [(seed, preemption) for seed in range(8) for preemption in (0.0, 0.05)]
+    try:
+        for seed, preemption in schedules:
+            _emulation.configure(seed, preemption)
+            for call, results in zip(calls, expected, strict=True):
+                ours = outputs_and_gradients(function.function, call, function.differentiable)
+                assert_same_results(ours, results, f"{seed=} {preemption=}")
+    finally:
+        _emulation.configure()
+    count_cases(len(schedules) * len(calls))
+
+
+@pytest.mark.row("R44")
 @pytest.mark.parametrize("number", [2, 3, 5])
 def test_thread_counts_give_the_same_bits(function, number, count_cases):
     """As with one thread, where rows are shared out and where one row is."""

@@ -79,7 +79,7 @@ CPP = [
     # kernels: masks, tails, shifts
     Mutant(MOMENTS, "add(squares, d * d);", ""),
     Mutant(MOMENTS, "step < kSteps && ", ""),
-    Mutant(MOMENTS, "total += d * d;", ""),
+    Mutant(MOMENTS, "total += o * o;", ""),
     Mutant(MOMENTS, "load_partial(x + i, left, shift)) - shift", "load_partial(x + i, left, shift + 1)) - shift"),
     Mutant(MOMENTS, "sums.sum * sums.sum > 0.5 * count * sums.squares", "false"),
     Mutant(MOMENTS, "return {double(shift) + rest, sums.squares - sums.sum * rest, 0};", "return {double(shift) + rest, sums.squares, 0};"),

@@ -241,6 +241,23 @@ PYOPS_INLINE double sum_lanes(Vector<Real> v) {
   return sum;
 }
 
+// Sums of vectors, lane by lane, in double.
+struct WideSum {
+  Vector<double> low, high;
+};
+
+PYOPS_INLINE void add(WideSum& sum, Vector<double> v) { sum.low += v; }
+
+PYOPS_INLINE void add(WideSum& sum, Vector<float> v) {
+  typedef float Half __attribute__((vector_size(sizeof(v) / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  sum.low += __builtin_convertvector(halves[0], Vector<double>);
+  sum.high += __builtin_convertvector(halves[1], Vector<double>);
+}
+
+PYOPS_INLINE double sum_lanes(const WideSum& sum) { return sum_lanes<double>(sum.low + sum.high); }
+
 template <class Real>
 PYOPS_INLINE Real maximum_lane(Vector<Real> v) {
   Real best = v[0];

@@ -396,8 +396,6 @@ void launch_begins(const Launch&) {
   counters = {};
 }
 
-void launch_ends() {}
-
 void block_begins(Block& block) {
   if (block.shadow == nullptr) block.shadow = new Shadow{};
   Shadow& shadow = shadow_of(block);
@@ -483,13 +481,13 @@ void fenced(Thread& thread, bool whole_grid) {
   if (whole_grid) shadow_of(*thread.block).threads[size_t(thread.number)].fenced = true;
 }
 
-void atomic(Thread& thread, void* pointer, size_t bytes) {
+void atomic(Thread& thread, void* pointer, size_t bytes, const void* place) {
   Block& block = *thread.block;
   Shadow& shadow = shadow_of(block);
   ++shadow.counters.atomics;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   const uintptr_t shared = reinterpret_cast<uintptr_t>(block.shared);
-  const uint32_t pc = 0;
+  const uint32_t pc = offset_of(place);
   if (address - shared < kSharedBytes) {
     shared_access(block, thread, address - shared, bytes, true, true, pc);
     return;
@@ -519,9 +517,11 @@ void copy_issued(Thread& thread, const Copy& copy) {
     report("out of bounds", "cp.async to memory that is not shared memory of the block");
     return;
   }
-  shared_access(block, thread, offset, size_t(copy.bytes), true, false, 0);
+  shared_access(block, thread, offset, size_t(copy.bytes), true, false, offset_of(copy.place));
   memset(shadow.bytes + offset, kPending, size_t(copy.bytes));
-  if (copy.copy) global_access(block, reinterpret_cast<uintptr_t>(copy.global), size_t(copy.bytes), false, false, 0);
+  if (copy.copy)
+    global_access(block, reinterpret_cast<uintptr_t>(copy.global), size_t(copy.bytes), false, false,
+                  offset_of(copy.place));
 }
 
 void copy_done(Thread& thread, const Copy& copy) {
@@ -530,15 +530,13 @@ void copy_done(Thread& thread, const Copy& copy) {
   if (offset >= kSharedBytes) return;
   Shadow& shadow = shadow_of(block);
   memset(shadow.bytes + offset, kInitialised, size_t(copy.bytes));
-  shared_access(block, thread, offset, size_t(copy.bytes), true, false, 0);
+  shared_access(block, thread, offset, size_t(copy.bytes), true, false, offset_of(copy.place));
 }
 
-void counted(Thread& thread, const char* what, int64_t number) {
-  if (strcmp(what, "mma") == 0) shadow_of(*thread.block).counters.mma += number;
-}
+void matrix_instruction(Thread& thread) { ++shadow_of(*thread.block).counters.mma; }
 
-constexpr Checker table{launch_begins, launch_ends, block_begins, block_ends, all_met, warp_met,
-                        fenced,        atomic,      copy_issued,  copy_done,  counted};
+constexpr Checker table{launch_begins, block_begins, block_ends,  all_met,   warp_met,
+                        fenced,        atomic,       copy_issued, copy_done, matrix_instruction};
 
 const bool installed = [] {
   dl_iterate_phdr(find_segments, nullptr);

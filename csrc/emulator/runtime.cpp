@@ -30,6 +30,8 @@ std::vector<std::string> reports;
 std::set<std::pair<std::string, uint64_t>> reported_keys;
 std::atomic<bool> aborting{false};
 std::atomic<bool> asserted{false};
+size_t found = 0;  // by the launch that runs, whether there was room to keep it or not
+std::mutex launches_mutex;
 constexpr size_t kMostReports = 50;
 constexpr int kDeviceAssert = 710;  // cudaErrorAssert
 
@@ -109,17 +111,28 @@ Fiber* take_fiber(Worker& w) {
   const size_t number = w.fibers.size();
   if (number == w.stack_count) fatal("too many threads wait at once", std::to_string(number));
   mprotect(stack_of(w, number), 4096, PROT_NONE);  // an overflow faults instead of spoiling a neighbour
-  w.fibers.push_back(new Fiber{new_context(stack_of(w, number), stack_use(number), fiber_entry), nullptr});
+  w.fibers.push_back(new Fiber{number, new_context(stack_of(w, number), stack_use(number), fiber_entry), nullptr});
   return w.fibers.back();
 }
 
-// Forgets whatever the fibers were doing: after an abort their stacks hold frames that nobody returns to.
-void reset_fibers(Worker& w) {
+// Forgets what a fiber was doing: its stack holds frames that nobody returns to.
+void reset_fiber(Worker& w, Fiber& fiber) {
+  fiber.stack_pointer = new_context(stack_of(w, fiber.number), stack_use(fiber.number), fiber_entry);
+  fiber.thread = nullptr;
+}
+
+// After a block: the fibers in `idle` wait in fiber_entry for their next thread, the last one to run has left for the
+// scheduler; after an abort any of them may have been in the middle of a kernel.
+void collect_fibers(Worker& w) {
+  if (!aborting) {
+    reset_fiber(w, *w.fiber);
+    w.idle.push_back(w.fiber);
+    return;
+  }
   w.idle.clear();
-  for (size_t i = 0; i < w.fibers.size(); ++i) {
-    w.fibers[i]->stack_pointer = new_context(stack_of(w, i), stack_use(i), fiber_entry);
-    w.fibers[i]->thread = nullptr;
-    w.idle.push_back(w.fibers[i]);
+  for (Fiber* fiber : w.fibers) {
+    reset_fiber(w, *fiber);
+    w.idle.push_back(fiber);
   }
 }
 
@@ -243,10 +256,16 @@ void finish_copies(Thread& thread, int groups_left) {
   thread.copies.resize(kept);
 }
 
-void release(Barrier& barrier, Block& block, bool whole_block) {
-  if (checker) checker->all_met(block, barrier.waiting, whole_block);
+// Lets everybody who waits at a barrier go on; `last`, who completed it, runs already.
+void release(Barrier& barrier, Block& block, bool whole_block, const Thread* last) {
+  std::vector<Thread*> met;
+  met.swap(barrier.waiting);
   barrier.results.clear();
   barrier.trues = 0;
+  if (checker) checker->all_met(block, met, whole_block);
+  for (Thread* thread : met) {
+    if (thread != last) wake(thread);
+  }
 }
 
 void leave_kernel(Thread& thread) {
@@ -265,12 +284,7 @@ void leave_kernel(Thread& thread) {
   }
   Barrier& barrier = block.barriers[0];
   if (!barrier.waiting.empty() && barrier.expected == 0 && int(barrier.waiting.size()) == block.alive) {
-    std::vector<Thread*> all;
-    if (checker) checker->all_met(block, barrier.waiting, true);
-    all.swap(barrier.waiting);
-    barrier.trues = 0;
-    barrier.results.clear();
-    for (Thread* waiting : all) wake(waiting);
+    release(barrier, block, true, nullptr);
   }
 }
 
@@ -365,9 +379,9 @@ void run_blocks(Worker& w) {
   make_current(w, first);
   w.fiber = first->fiber;
   switch_context(&w.main_stack_pointer, first->fiber->stack_pointer);
+  collect_fibers(w);
   w.fiber = nullptr;
   w.current = nullptr;
-  reset_fibers(w);
   if (checker) {
     for (Block* block : w.blocks) checker->block_ends(*block);
   }
@@ -471,6 +485,7 @@ std::string text_of(const Thread& thread) {
 void report(const char* kind, const std::string& text, uint64_t key) {
   const std::lock_guard<std::mutex> lock(reports_mutex);
   if (key != 0 && !reported_keys.insert({kind, key}).second) return;
+  ++found;
   const Launch* launch = worker ? worker->launch : nullptr;
   const std::string whole = std::string(kind) + ": " + text + (launch ? std::string(" [") + launch->kernel + "]" : "");
   if (reports.size() >= kMostReports || std::find(reports.begin(), reports.end(), whole) != reports.end()) return;
@@ -493,10 +508,11 @@ void fail(const char* message, const char* file, int line) {
 // ---- what kernels call ----------------------------------------------------------------------------------
 
 int run(const Launch& launch) {
-  size_t before;
+  const std::lock_guard<std::mutex> one_at_a_time(launches_mutex);  // like the kernels of one stream
   {
     const std::lock_guard<std::mutex> lock(reports_mutex);
-    before = reports.size();
+    reported_keys.clear();
+    found = 0;
   }
   aborting = asserted = false;
   const std::string wrong = launch_error(launch);
@@ -517,10 +533,7 @@ int run(const Launch& launch) {
     work(launch, next, blocks);
     for (std::thread& other : others) other.join();
   }
-  if (checker) checker->launch_ends();
-  if (asserted) return kDeviceAssert;
-  const std::lock_guard<std::mutex> lock(reports_mutex);
-  return int(reports.size() - before);
+  return asserted ? kDeviceAssert : int(found);
 }
 
 void* shared_array(const void* site, const char* name, size_t bytes, size_t alignment) {
@@ -587,7 +600,7 @@ void collective(const char* operation, unsigned mask, void* operands, Compute co
 
 void matrix_instruction(const char* operation, void* operands, Compute compute, Line line) {
   Thread& me = *worker->current;
-  if (me.lane == 0 && checker) checker->counted(me, "mma", 1);
+  if (me.lane == 0 && checker) checker->matrix_instruction(me);
   collective(operation, 0xffffffffu, operands, compute, line, false);
 }
 
@@ -613,11 +626,7 @@ int barrier_reduce(int id, int predicate, int operation, Line line) {
   result = operation == 0 ? trues != 0 : operation == 1 ? trues == all : trues;
   for (int* other : barrier.results) *other = result;
   barrier.waiting.push_back(&me);
-  release(barrier, block, true);
-  std::vector<Thread*> waiting;
-  waiting.swap(barrier.waiting);
-  waiting.pop_back();
-  for (Thread* thread : waiting) wake(thread);
+  release(barrier, block, true, &me);
   return result;
 }
 
@@ -645,11 +654,7 @@ void block_barrier(int id, int threads, Line line) {
     wait_here("barrier_sync", line);
     return;
   }
-  release(barrier, block, false);
-  std::vector<Thread*> waiting;
-  waiting.swap(barrier.waiting);
-  waiting.pop_back();
-  for (Thread* thread : waiting) wake(thread);
+  release(barrier, block, false, &me);
 }
 
 void spin_yield() {
@@ -676,16 +681,19 @@ void fence(bool whole_grid) {
   if (checker) checker->fenced(*worker->current, whole_grid);
 }
 
+// Where in the kernel's code the runtime was called: these are not inlined into kernels.
+#define PYOPS_CALLER __builtin_return_address(0)
+
 namespace {
 
-void note_atomic(void* address, size_t bytes) {
+void note_atomic(void* address, size_t bytes, const void* place) {
   check_alignment(address, bytes, "atomic");
-  if (checker) checker->atomic(*worker->current, address, bytes);
+  if (checker) checker->atomic(*worker->current, address, bytes, place);
 }
 
 template <class Bits, class Value>
-Value add_by_exchange(Value* address, Value value) {
-  note_atomic(address, sizeof(Value));
+Value add_by_exchange(Value* address, Value value, const void* place) {
+  note_atomic(address, sizeof(Value), place);
   Bits* bits = reinterpret_cast<Bits*>(address);
   Bits seen = __atomic_load_n(bits, __ATOMIC_RELAXED);
   for (;;) {
@@ -699,8 +707,8 @@ Value add_by_exchange(Value* address, Value value) {
 }
 
 template <class Bits>
-Bits compare_and_swap(Bits* address, Bits compare, Bits value) {
-  note_atomic(address, sizeof(Bits));
+Bits compare_and_swap(Bits* address, Bits compare, Bits value, const void* place) {
+  note_atomic(address, sizeof(Bits), place);
   __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return compare;
 }
@@ -708,17 +716,17 @@ Bits compare_and_swap(Bits* address, Bits compare, Bits value) {
 }  // namespace
 
 uint32_t atomic_add_u32(uint32_t* address, uint32_t value) {
-  note_atomic(address, 4);
+  note_atomic(address, 4, PYOPS_CALLER);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 uint64_t atomic_add_u64(uint64_t* address, uint64_t value) {
-  note_atomic(address, 8);
+  note_atomic(address, 8, PYOPS_CALLER);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
-float atomic_add_f32(float* address, float value) { return add_by_exchange<uint32_t>(address, value); }
-double atomic_add_f64(double* address, double value) { return add_by_exchange<uint64_t>(address, value); }
+float atomic_add_f32(float* address, float value) { return add_by_exchange<uint32_t>(address, value, PYOPS_CALLER); }
+double atomic_add_f64(double* address, double value) { return add_by_exchange<uint64_t>(address, value, PYOPS_CALLER); }
 uint32_t atomic_max_u32(uint32_t* address, uint32_t value, bool is_signed) {
-  note_atomic(address, 4);
+  note_atomic(address, 4, PYOPS_CALLER);
   uint32_t seen = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (is_signed ? int32_t(value) > int32_t(seen) : value > seen) {
     if (__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) break;
@@ -726,13 +734,13 @@ uint32_t atomic_max_u32(uint32_t* address, uint32_t value, bool is_signed) {
   return seen;
 }
 uint32_t atomic_cas_u32(uint32_t* address, uint32_t compare, uint32_t value) {
-  return compare_and_swap(address, compare, value);
+  return compare_and_swap(address, compare, value, PYOPS_CALLER);
 }
 uint64_t atomic_cas_u64(uint64_t* address, uint64_t compare, uint64_t value) {
-  return compare_and_swap(address, compare, value);
+  return compare_and_swap(address, compare, value, PYOPS_CALLER);
 }
 uint32_t atomic_exchange_u32(uint32_t* address, uint32_t value) {
-  note_atomic(address, 4);
+  note_atomic(address, 4, PYOPS_CALLER);
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
@@ -740,7 +748,7 @@ void cp_async(void* shared, const void* global, int bytes, bool copy) {
   Thread& me = *worker->current;
   check_alignment(shared, size_t(bytes), "cp.async destination");
   check_alignment(global, size_t(bytes), "cp.async source");
-  me.copies.push_back({shared, global, bytes, me.group, copy});
+  me.copies.push_back({shared, global, bytes, me.group, copy, PYOPS_CALLER});
   memset(shared, kPoison, size_t(bytes));
   if (checker) checker->copy_issued(me, me.copies.back());
 }
@@ -769,9 +777,6 @@ PYOPS_EMULATOR_EXPORT size_t pyops_emulator_reports(char* text, size_t capacity,
     memcpy(text, all.data(), length);
     text[length] = 0;
   }
-  if (clear) {
-    reports.clear();
-    reported_keys.clear();
-  }
+  if (clear) reports.clear();
   return all.size() + 1;
 }

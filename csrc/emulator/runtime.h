@@ -27,9 +27,11 @@ struct Copy {  // one cp.async
   const void* global;
   int bytes, group;
   bool copy;
+  const void* place;  // in the kernel's code
 };
 
 struct Fiber {
+  size_t number;
   void* stack_pointer;
   struct Thread* thread;
 };
@@ -105,7 +107,8 @@ struct Worker {
 
 extern thread_local Worker* worker;
 
-// Adds a report, once per kind and non-zero key; a fatal one ends the launch as soon as every worker has noticed.
+// Adds a report, once per launch, kind and non-zero key; a fatal one ends the launch as soon as every worker has
+// noticed.
 void report(const char* kind, const std::string& text, uint64_t key = 0);
 [[noreturn]] void fatal(const char* kind, const std::string& text);
 std::string text_of(Line line);
@@ -114,16 +117,15 @@ std::string text_of(const Thread& thread);
 // What the check build hooks into the scheduler; null in the fast build.
 struct Checker {
   void (*launch_begins)(const Launch& launch);
-  void (*launch_ends)();
   void (*block_begins)(Block& block);
   void (*block_ends)(Block& block);
   void (*all_met)(Block& block, const std::vector<Thread*>& threads, bool whole_block);  // at a barrier
   void (*warp_met)(Block& block, int warp, unsigned mask);                               // at a __syncwarp
   void (*fenced)(Thread& thread, bool whole_grid);
-  void (*atomic)(Thread& thread, void* address, size_t bytes);
+  void (*atomic)(Thread& thread, void* address, size_t bytes, const void* place);
   void (*copy_issued)(Thread& thread, const Copy& copy);
   void (*copy_done)(Thread& thread, const Copy& copy);
-  void (*counted)(Thread& thread, const char* what, int64_t number);
+  void (*matrix_instruction)(Thread& thread);
 };
 extern const Checker* checker;
 

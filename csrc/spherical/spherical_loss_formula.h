@@ -22,9 +22,6 @@ enum class SphericalLoss : int { z = 0, taylor_softmax = 1, spherical_softmax = 
 // one or two classes, the row numbers cancel, and in float32 their rounding would be all that is left.
 enum SphericalStatistics : int { kCenter = 0, kInverseScale, kSlope, kShift, kSmooth, kTargetGradient };
 
-// Rows of so few logits are computed in double throughout: their terms cancel to what rounding would hide.
-constexpr int64_t kTinyRow = 4;
-
 struct SphericalOptions {
   SphericalLoss loss;
   double a, b, eps, label_smoothing;

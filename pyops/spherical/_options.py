@@ -69,7 +69,7 @@ def _check_weight(op: str, name: str, weight) -> None:
 
 
 def autocast_arguments(logits, target_weight, weight, out_dtype):
-    """The autocast rule of the losses: logits stay as they are (their statistics are float32 anyway), unless
+    """The autocast rule of the losses: logits stay as they are (their sums are never narrower than float32), unless
     the tensors differ in dtype, when all are widened as torch widens operands; the loss comes back in float32
     (float64 for float64), where gradient scaling does not overflow it."""
     tensors = [t for t in (logits, target_weight, weight) if t is not None and t.is_floating_point()]

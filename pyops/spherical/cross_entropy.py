@@ -233,7 +233,7 @@ def cross_entropy(
         The loss, regulariser included, a scalar or ``[rows]``; with ``return_z_loss`` the pair
         ``(loss, regulariser)``.
 
-    Precision: exponentials and sums in float32 per 4096 elements and float64 above (float64 logits: float64
+    Precision: exponentials in float32, sums in float32 per 4096 elements and float64 above (float64 logits: float64
     throughout). Deterministic; on the CPU independent of the number of threads and of the other rows.
     Derivatives of any order: the first by a fused kernel, higher ones and ``torch.func`` transforms by
     composite torch code. Errors: see :func:`pyops.z_loss`.

@@ -282,7 +282,7 @@ def z_loss(
     Returns:
         The loss, a scalar or ``[rows]``.
 
-    Precision: statistics and sums in float32 per 4096 elements and float64 above (float64 logits: float64
+    Precision: sums in float32 for 16 terms of a vector lane and float64 above (float64 logits: float64
     throughout), merged by Chan's formula, so an offset of the logits costs no accuracy. Deterministic; on the
     CPU independent of the number of threads and of the other rows. Derivatives of any order: the first by a
     fused kernel, higher ones and ``torch.func`` transforms by composite torch code.

@@ -66,7 +66,7 @@ PART_CAPACITIES = (1, 16, 128, 1024)
 # constant, so that results do not depend on the model of the GPU.
 WANTED_PROGRAMS = 1056
 REDUCE_LANES = 1024
-TINY_ROW = 4  # as in csrc/spherical/spherical_loss_formula.h
+TINY_ROW = 4  # as in csrc/spherical/tiny_row.h
 
 
 class Plan(NamedTuple):

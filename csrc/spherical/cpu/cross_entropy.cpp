@@ -87,8 +87,8 @@ RowLosses finish_rows(const LossArguments& arguments, const CrossEntropyOptions&
         const int64_t c = targets.index[slot];
         if (c < 0) continue;
         const double o = read_element(view.at(row, c), arguments.dtype, 0);
-        out[kTargetGradientCe + j] = (add_target(options, exponentials, log_sum, double(arguments.classes), o,
-                                                 targets.own[slot], targets.omega[slot], partials));
+        out[kTargetGradientCe + j] = add_target(options, exponentials, log_sum, double(arguments.classes), o,
+                                                targets.own[slot], targets.omega[slot], partials);
       }
       losses.z_term[size_t(row)] =
           finish_row(options, exponentials, log_sum, double(arguments.classes), weight_sum, partials, out);

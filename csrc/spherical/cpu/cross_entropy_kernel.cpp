@@ -76,15 +76,15 @@ PYOPS_INLINE double block_weighted_sum(const T* x, const typename Accumulation<T
   constexpr int lanes = kLanes<T>;
   const Real shift = guess - guess == 0 ? Real(guess) : Real(0);
   Vector<Real> sum = {};
-  double weights = w ? 0 : double(n);  // must equal the caller's sum of all w: the two cancel when shift is large
+  WideSum weights = {};  // in double, like the caller's sum of all w: the two cancel when shift is large
   for (int64_t i = 0; i < n; i += lanes) {
     const int64_t left = n - i;
     const auto o = left >= lanes ? load(x + i) : load_partial(x + i, left, shift);
     const auto weight = !w ? broadcast(Real(1)) : left >= lanes ? load(w + i) : load_partial(w + i, left, Real(0));
     sum += weight * (o - shift);
-    if (w) weights += sum_lanes<Real>(weight);
+    if (w) add(weights, weight);
   }
-  return sum_lanes<Real>(sum) + double(shift) * weights;
+  return sum_lanes<Real>(sum) + double(shift) * (w ? sum_lanes(weights) : double(n));
 }
 
 template <class T>

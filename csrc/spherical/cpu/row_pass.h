@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../loss_arguments.h"
+#include "../tiny_row.h"
 
 namespace pyops {
 
@@ -145,7 +146,7 @@ void run_backward(const LossArguments& arguments, const Rows& rows, const std::v
       for (; first != last; ++first) value += rows.target(row, *first, upstream[size_t(row)]);
       return value;
     });
-    if (arguments.classes <= kTinyRow) {  // the terms of so short a row cancel: in double the remainder is right
+    if (arguments.classes <= kTinyRow) {
       for (int64_t k = 0; k < size; ++k) {
         write_element(result, arguments.dtype, k, rows.value(gradient, read_element(x, arguments.dtype, k), k));
       }

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "../../common/vector_math.h"
+#include "../tiny_row.h"
 
 namespace pyops::PYOPS_ISA {
 namespace {
@@ -27,25 +28,9 @@ struct ShiftedSums {
   double sum, squares;
 };
 
-// Sums of vectors in double. Floats are added up among themselves for kSteps steps only: after an outlier of 1e4 the
-// squares of its unit-normal neighbours would be rounded away for the rest of the block.
+// So many steps are added up in float32 before they go on in double: after an outlier of 1e4 the squares of its
+// unit-normal neighbours would be rounded away for the rest of the block.
 constexpr int kSteps = 16;
-
-struct WideSum {
-  Vector<double> low, high;
-};
-
-PYOPS_INLINE void add(WideSum& sum, Vector<double> v) { sum.low += v; }
-
-PYOPS_INLINE void add(WideSum& sum, Vector<float> v) {
-  typedef float Half __attribute__((vector_size(sizeof(v) / 2)));
-  Half halves[2];
-  __builtin_memcpy(halves, &v, sizeof(v));
-  sum.low += __builtin_convertvector(halves[0], Vector<double>);
-  sum.high += __builtin_convertvector(halves[1], Vector<double>);
-}
-
-PYOPS_INLINE double total(const WideSum& sum) { return sum_lanes<double>(sum.low + sum.high); }
 
 template <class T>
 PYOPS_INLINE ShiftedSums shifted_sums(const T* x, int64_t n, typename Accumulation<T>::type shift) {
@@ -74,30 +59,30 @@ PYOPS_INLINE ShiftedSums shifted_sums(const T* x, int64_t n, typename Accumulati
     add(sum, d);
     add(squares, d * d);
   }
-  return {total(sum), total(squares)};
+  return {sum_lanes(sum), sum_lanes(squares)};
 }
 
 // The squared error near its minimum is a small difference of sums of squares, which float products would spoil.
-PYOPS_INLINE RowMoments block_moments_wide(const float* x, int64_t n, double shift) {
+PYOPS_INLINE RowMoments block_moments_wide(const float* x, int64_t n) {
   constexpr int lanes = kLanes<double>;
   Vector<double> sum[kUnroll] = {}, squares[kUnroll] = {};
   int64_t i = 0;
   for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
     for (int u = 0; u < kUnroll; ++u) {
       prefetch_ahead(x + i + u * lanes);
-      const auto d = load_double(x + i + u * lanes) - shift;
-      sum[u] += d;
-      squares[u] += d * d;
+      const auto o = load_double(x + i + u * lanes);
+      sum[u] += o;
+      squares[u] += o * o;
     }
   }
-  double rest = sum_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  double all = sum_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   double total = sum_lanes<double>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (; i < n; ++i) {
-    const double d = double(x[i]) - shift;
-    rest += d;
-    total += d * d;
+    const double o = double(x[i]);
+    all += o;
+    total += o * o;
   }
-  return {shift + rest / double(n), total - rest * rest / double(n), 0};
+  return {all / double(n), total - all * all / double(n), 0};
 }
 
 template <class T>
@@ -124,7 +109,7 @@ PYOPS_INLINE RowMoments block_moments(const T* x, int64_t n, double guess, Spher
   if (n <= kTinyRow) return block_moments_in_double(x, n);
   if constexpr (std::is_same_v<T, float>) {
     if (loss == SphericalLoss::mse_onehot) {
-      const RowMoments row = block_moments_wide(x, n, 0);
+      const RowMoments row = block_moments_wide(x, n);
       return finite(row.m2) ? row : block_moments_in_double(x, n);
     }
   }

@@ -11,6 +11,7 @@
 // rounds once and stores the element over what the stream left there. Of duplicates the first one does that.
 #pragma once
 
+#include "../tiny_row.h"
 #include "row_reduce.cuh"
 
 namespace pyops {
@@ -223,9 +224,7 @@ PYOPS_DEVICE void stream_chunk(const Chunk<T>& chunk, const Formula& formula) {
   if (single >= 0) write_single(single, chunk, formula);
 }
 
-// The terms of so short a row cancel: in double the remainder is right. As on the CPU.
-constexpr int64_t kTinyRow = 4;
-
+// A tiny row (../tiny_row.h), in double.
 template <class T, class Loss>
 PYOPS_DEVICE void write_tiny_row(const Chunk<T>& chunk, const Loss& loss, const typename Loss::Numbers& numbers) {
   const int column = int(threadIdx.x);
