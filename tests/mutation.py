@@ -69,10 +69,10 @@ CPP = [
     Mutant(FORMULA, "partials.slope += omega / total / scale;", "partials.slope += omega / total;"),
     Mutant(FORMULA, "row.m2 == HUGE_VAL ? row.m2 : ", ""),
     Mutant(FORMULA, "(square_overflows ? Real(2) : u + u)", "(u + u)"),
-    Mutant(SOFTMAX, "total.sum * exp(total.maximum - maximum)", "total.sum"),
-    Mutant(SOFTMAX, "other.sum * exp(other.maximum - maximum)", "other.sum * 1.001 * exp(other.maximum - maximum)"),
+    Mutant(SOFTMAX, "total.sum * exp(total.shift - shift)", "total.sum"),
+    Mutant(SOFTMAX, "other.sum * exp(other.shift - shift)", "other.sum * 1.001 * exp(other.shift - shift)"),
     Mutant(SOFTMAX, "total.weighted_sum + other.weighted_sum", "other.weighted_sum"),
-    Mutant(SOFTMAX, "partials.loss += share * ((row.maximum - o) + log_sum);", "partials.loss += share * (row.maximum - o);"),
+    Mutant(SOFTMAX, "partials.loss += share * ((row.shift - o) + log_sum);", "partials.loss += share * (row.shift - o);"),
     Mutant(SOFTMAX, "partials.slope += smooth * class_weight_sum;", ""),
     Mutant(SOFTMAX, "2 * lambda * lse / row.sum", "lambda * lse / row.sum"),
     Mutant(SOFTMAX, "lambda * lse * lse;", "lambda * lse;"),
@@ -89,11 +89,16 @@ CPP = [
     Mutant(MOMENTS, "exponents += ", "exponents -= "),
     Mutant(MOMENTS, "if (!all) {", "if (false) {"),
     Mutant(MOMENTS, "(o * o + eps));", "(o * o + Real(1.5) * eps));"),
-    Mutant(EXPONENTIALS, "if (block.maximum > shift + kHeadroom) {", "if (false) {"),
-    Mutant(EXPONENTIALS, "if (shift == -HUGE_VAL) shift = 0;", ""),
-    Mutant(EXPONENTIALS, "load_partial(x + i, left, lowest)", "load_partial(x + i, left, Real(0))", 1),
+    Mutant(EXPONENTIALS, "if (!(sum <= kLargestSum)) {", "if (false) {"),
+    Mutant(EXPONENTIALS, "if (!(sum <= kLargestSum)) {", "if (sum > 2 * kLargestSum) {"),
+    Mutant(EXPONENTIALS, "total.sum * exp(total.shift - shift)", "total.sum"),
+    Mutant(EXPONENTIALS, "shift == -HUGE_VAL ? 0 : shift", "shift"),
+    Mutant(EXPONENTIALS, "load_partial(x + i, left, -Real(HUGE_VAL))", "load_partial(x + i, left, Real(0))"),
+    Mutant("csrc/common/vector_math.h", "r * 0.5f + 1.0000147f", "r * 0.5f + 1.0000247f"),
+    Mutant("csrc/common/vector_math.h", "x > 88.0f ? broadcast(88.0f) : x", "x"),
+    Mutant("csrc/common/simd.h", "bits & 0xffff0000u", "bits"),
     Mutant(EXPONENTIALS, "slope - weight * smooth", "slope - smooth"),
-    Mutant(EXPONENTIALS, "double(shift) * weights", "double(shift) * double(n)"),
+    Mutant(EXPONENTIALS, "double(shift) * (w ? sum_lanes(weights) : double(n))", "double(shift) * double(n)"),
     Mutant("csrc/common/simd.h", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits + 0x8000u"),
     # frame: indices, strides, weights
     Mutant(FRAME, "data + row * row_bytes + column * element_bytes", "data + row * element_bytes + column * row_bytes"),
@@ -126,8 +131,8 @@ EMULATED = [
     Mutant(f"{CUDA}/row_gradient.cuh", "sum += gradient_there;", "sum = gradient_there;"),
     Mutant(f"{CUDA}/cross_entropy.cu", "maximum = larger(maximum, highest);", "maximum = highest;"),
     Mutant(f"{CUDA}/cross_entropy.cu", "vector_sum += exponential<T>(o[a][b] - finite_shift);", "vector_sum += Real(1.001) * exponential<T>(o[a][b] - finite_shift);"),
-    Mutant(f"{CUDA}/cross_entropy.cu", "own.sum * exp(own.maximum - maximum)", "own.sum"),
-    Mutant(f"{CUDA}/cross_entropy.cu", "exponential<T>(o - maximum) * slope - smooth;", "exponential<T>(o - maximum) * slope;"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "own.sum * exp(own.shift - shift)", "own.sum"),
+    Mutant(f"{CUDA}/cross_entropy.cu", "exponential<T>(o - shift) * slope - smooth;", "exponential<T>(o - shift) * slope;"),
     Mutant(f"{CUDA}/cross_entropy.cu", "* slope - weight * smooth;", "* slope - smooth;"),
 ]  # fmt: skip
 
@@ -158,15 +163,24 @@ def triton_mutants() -> list[Mutant]:
     return list(dict.fromkeys(mutants))
 
 
-def apply(tree: Path, mutant: Mutant) -> str:
-    """Applies it and returns the original text; raises when the place is gone."""
-    path = tree / mutant.file
-    text = path.read_text()
+def all_mutants() -> dict[str, list[Mutant]]:
+    return {"cpp": CPP, "emulated": EMULATED, "python": PYTHON, "triton": triton_mutants()}
+
+
+def mutated(text: str, mutant: Mutant) -> str:
+    """The file's text with the mutant in it; raises ValueError when its place is gone."""
     parts = text.split(mutant.old)
     if len(parts) < mutant.which + 2:
-        raise SystemExit(f"mutant out of date: {mutant.file}: {mutant.old!r}")
+        raise ValueError(f"mutant out of date: {mutant.file}: {mutant.old!r}")
     head, tail = mutant.old.join(parts[: mutant.which + 1]), mutant.old.join(parts[mutant.which + 1 :])
-    path.write_text(head + mutant.new + tail)
+    return head + mutant.new + tail
+
+
+def apply(tree: Path, mutant: Mutant) -> str:
+    """Applies it and returns the original text."""
+    path = tree / mutant.file
+    text = path.read_text()
+    path.write_text(mutated(text, mutant))
     return text
 
 
@@ -215,7 +229,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("cpp", "emulated", "python", "triton"), help="one group of mutants")
     parser.add_argument("--first", type=int, default=0, help="skip this many mutants of each group")
     arguments = parser.parse_args()
-    groups = {"cpp": CPP, "emulated": EMULATED, "python": PYTHON, "triton": triton_mutants()}
+    groups = all_mutants()
     if arguments.only:
         groups = {arguments.only: groups[arguments.only]}
     survivors, total = [], 0

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import functions, in_fresh_process, native, on_every_backend, running_on
+from mutation import all_mutants, mutated
 
 import pyops
 from pyops import _dispatch, _lib
@@ -468,6 +469,15 @@ def test_package_list_is_complete():
     }
     assert there | {"pyops", "pyops._bench"} == set(listed)
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_mutants_are_up_to_date():
+    """Every mutant still finds its place (mutation.py itself runs for over half an hour, by hand)."""
+    mutants = [mutant for group in all_mutants().values() for mutant in group]
+    assert len(mutants) >= 40
+    for mutant in mutants:
+        original = (ROOT / mutant.file).read_text()
+        assert mutated(original, mutant) != original
 
 
 def test_nobody_imports_the_other_triton_kernels():

@@ -105,6 +105,20 @@ PYOPS_INLINE Vector<float> load(const float16* p) {
 #endif
 }
 
+// Two vectors of elements, in whatever order costs least: for sums.
+template <class T>
+PYOPS_INLINE void load_pair(const T* p, AccumulationVector<T>& first, AccumulationVector<T>& second) {
+  first = load(p);
+  second = load(p + kLanes<T>);
+}
+
+PYOPS_INLINE void load_pair(const bfloat16* p, Vector<float>& even, Vector<float>& odd) {
+  VectorTypes<float>::bits bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  even = reinterpret<Vector<float>>(bits << 16);
+  odd = reinterpret<Vector<float>>(bits & 0xffff0000u);
+}
+
 // The first `count` lanes, the others `fill`; nothing beyond them is read. By a masked load where the ISA has one:
 // rows of a few classes spend their time here.
 template <class T>

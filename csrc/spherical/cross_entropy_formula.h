@@ -2,10 +2,11 @@
 //
 //   loss_i = sum_j t_j [ (1 - s) w_cj (lse - o_cj) + s/D sum_k w_k (lse - o_k) ]  + lambda * lse^2
 // with t the target weights, w the class weights, s the label smoothing. The streaming pass leaves
-// (max, sum = sum_k exp(o_k - max), weighted_sum = sum_k w_k o_k); the rest is scalar work in double.
+// (shift, sum = sum_k exp(o_k - shift), weighted_sum = sum_k w_k o_k), the shift being the maximum or a little less;
+// the rest is scalar work in double.
 //
 // Gradient of a row, for upstream gradients of 1 and before division by the normalisers:
-//   d loss / d o_k = (slope + z_slope) * exp(o_k - max) - smooth * w_k + sum_j target_gradient_j * [k = c_j]
+//   d loss / d o_k = (slope + z_slope) * exp(o_k - shift) - smooth * w_k + sum_j target_gradient_j * [k = c_j]
 // `slope` belongs to the cross-entropy part (divided by the sum of class weights under 'mean'), `z_slope` to
 // the regulariser (divided by the number of rows that count): hence two columns.
 #pragma once
@@ -17,26 +18,26 @@
 namespace pyops {
 
 // Columns of `statistics` (m x (kTargetGradientCe + K)), float64 as in spherical_loss_formula.h.
-enum CrossEntropyStatistics : int { kMaximum = 0, kSlopeCe, kZSlope, kSmoothCe, kTargetGradientCe };
+enum CrossEntropyStatistics : int { kLogitShift = 0, kSlopeCe, kZSlope, kSmoothCe, kTargetGradientCe };
 
 struct CrossEntropyOptions {
   double label_smoothing, lse_square_scale;
 };
 
 struct RowExponentials {
-  double maximum;       // of the row; -inf before anything was seen
-  double sum;           // of exp(o - maximum); of exp(o) while maximum is -inf, which is 0
+  double shift;         // -inf before anything was seen
+  double sum;           // of exp(o - shift); of exp(o) while the shift is -inf, which is 0
   double weighted_sum;  // of w o; only when smoothing
 };
 
 PYOPS_HOST_DEVICE static inline RowExponentials no_exponentials() { return {-HUGE_VAL, 0, 0}; }
 
 PYOPS_HOST_DEVICE static inline void merge_exponentials(RowExponentials& total, const RowExponentials& other) {
-  const double maximum = other.maximum > total.maximum ? other.maximum : total.maximum;
+  const double shift = other.shift > total.shift ? other.shift : total.shift;
   // An empty or all -inf stretch has sum 0 and must not meet exp(-inf + inf).
-  const double kept = total.sum == 0 ? 0 : total.sum * exp(total.maximum - maximum);
-  const double added = other.sum == 0 ? 0 : other.sum * exp(other.maximum - maximum);
-  total = {maximum, kept + added, total.weighted_sum + other.weighted_sum};
+  const double kept = total.sum == 0 ? 0 : total.sum * exp(total.shift - shift);
+  const double added = other.sum == 0 ? 0 : other.sum * exp(other.shift - shift);
+  total = {shift, kept + added, total.weighted_sum + other.weighted_sum};
 }
 
 struct CrossEntropyPartials {
@@ -51,7 +52,7 @@ PYOPS_HOST_DEVICE static inline double add_target(const CrossEntropyOptions& opt
   const double share = (1 - options.label_smoothing) * omega;
   partials.target_weight += target_weight;
   if (omega == 0) return 0;  // a class of weight 0 adds nothing, whatever its logit
-  partials.loss += share * ((row.maximum - o) + log_sum);
+  partials.loss += share * ((row.shift - o) + log_sum);
   if (classes == 1) return 0;
   partials.slope += share;
   return -share;
@@ -61,7 +62,7 @@ PYOPS_HOST_DEVICE static inline double add_target(const CrossEntropyOptions& opt
 PYOPS_HOST_DEVICE static inline double finish_row(const CrossEntropyOptions& options, const RowExponentials& row,
                                                   double log_sum, double classes, double class_weight_sum,
                                                   CrossEntropyPartials& partials, double* statistics) {
-  const double lse = row.maximum + log_sum;
+  const double lse = row.shift + log_sum;
   const bool smoothing = options.label_smoothing != 0 && classes != 1;
   const double smooth = smoothing ? options.label_smoothing / classes * partials.target_weight : 0;
   if (smooth != 0) {
@@ -69,7 +70,7 @@ PYOPS_HOST_DEVICE static inline double finish_row(const CrossEntropyOptions& opt
     partials.slope += smooth * class_weight_sum;
   }
   const double lambda = options.lse_square_scale;
-  statistics[kMaximum] = row.maximum;
+  statistics[kLogitShift] = row.shift;
   statistics[kSlopeCe] = partials.slope / row.sum;
   statistics[kZSlope] = lambda == 0 ? 0 : 2 * lambda * lse / row.sum;
   statistics[kSmoothCe] = smooth;

@@ -41,7 +41,7 @@ struct KernelWeights {
   }
 };
 
-// (maximum, sum, weighted_sum) of every row, merged from its stretches in order.
+// (shift, sum, weighted_sum) of every row, merged from its stretches in order.
 std::vector<RowExponentials> all_exponentials(const LossArguments& arguments, const Tensor& logits,
                                               const KernelWeights& weights, bool weighted_sum) {
   const int64_t per_row = stretches(arguments.classes);
@@ -146,13 +146,13 @@ struct CrossEntropyRows {
   }
   CrossEntropyRowGradient scaled(int64_t row, double upstream) const {
     const double z_slope = statistic(row, kZSlope);
-    return {statistic(row, kMaximum),
+    return {statistic(row, kLogitShift),
             upstream * (statistic(row, kSlopeCe) / divisor[0] + (z_slope == 0 ? 0 : z_slope / divisor[1])),
             upstream * statistic(row, kSmoothCe) / divisor[0]};
   }
   double value(const CrossEntropyRowGradient& gradient, double o, int64_t k) const {
     const double weight = weights.wide.empty() ? 1 : weights.wide[size_t(k)];
-    return gradient.slope * exp(o - gradient.maximum) - gradient.smooth * weight;
+    return gradient.slope * exp(o - gradient.shift) - gradient.smooth * weight;
   }
   double target(int64_t row, int64_t j, double upstream) const {
     return upstream / divisor[0] * statistic(row, kTargetGradientCe + j);

@@ -1,9 +1,9 @@
 // Streaming passes over logits, compiled once per ISA level (PYOPS_ISA names the namespace).
 //
-// Forward: a row stretch is cut into blocks of kBlock elements. One pass over a block takes sum exp(x - shift)
-// and the block's maximum at once, the shift being the maximum so far: exact up to rounding while the block's
-// maximum is at most kHeadroom above it. A block that rises further (the first one, mostly) is still in the
-// first-level cache and is read again with its own maximum as shift. Lanes accumulate in float32 (float64 for
+// Forward: a row stretch is cut into blocks of kBlock elements. One pass over a block takes sum exp(x - shift), the
+// shift being the maximum of the first block: exact up to rounding while nothing rises far above it. A block whose sum
+// says that something did is still in the first-level cache and is read again with its own maximum as the new shift.
+// (Taking every block's maximum beside its sum cost a tenth of the time.) Lanes accumulate in float32 (float64 for
 // float64) over at most kBlock / lanes terms; blocks are merged in double.
 //
 // Backward: one exponential per element, read once and written once.
@@ -18,8 +18,9 @@ namespace {
 
 constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 4;
-// exp(kHeadroom) * kBlock stays below 1e38.
-constexpr double kHeadroom = 60;
+// The largest sum of a block that is taken: no logit is more than 20 above the shift.
+constexpr double kLargestSum = 4.85165e8;  // e^20
+static_assert(kBlock < kLargestSum);
 
 template <class T>
 PYOPS_INLINE double block_maximum(const T* x, int64_t n) {
@@ -39,34 +40,28 @@ PYOPS_INLINE double block_maximum(const T* x, int64_t n) {
   return maximum_lane<Real>(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
 }
 
-struct ShiftedExponentials {
-  double maximum, sum;
-};
-
 template <class T>
-PYOPS_INLINE ShiftedExponentials shifted_exponentials(const T* x, int64_t n, typename Accumulation<T>::type shift) {
+PYOPS_INLINE double exponential_sum(const T* x, int64_t n, typename Accumulation<T>::type shift) {
   using Real = typename Accumulation<T>::type;
   constexpr int lanes = kLanes<T>;
-  const Real lowest = -Real(HUGE_VAL);
-  Vector<Real> best[kUnroll], sum[kUnroll] = {};
-  for (auto& b : best) b = broadcast(lowest);
+  Vector<Real> sum[kUnroll] = {};
   int64_t i = 0;
   for (; i + kUnroll * lanes <= n; i += kUnroll * lanes) {
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll; u += 2) {
       prefetch_ahead(x + i + u * lanes);
-      const auto o = load(x + i + u * lanes);
-      best[u] = maximum(best[u], o);
-      sum[u] += exponential(o - shift);
+      if constexpr (sizeof(T) >= 4) prefetch_ahead(x + i + (u + 1) * lanes);
+      Vector<Real> first, second;
+      load_pair(x + i + u * lanes, first, second);
+      sum[u] += exponential_or_huge(first - shift);
+      sum[u + 1] += exponential_or_huge(second - shift);
     }
   }
   for (; i < n; i += lanes) {
     const int64_t left = n - i;
-    const auto o = left >= lanes ? load(x + i) : load_partial(x + i, left, lowest);
-    best[0] = maximum(best[0], o);
-    sum[0] += exponential(o - shift);
+    const auto o = left >= lanes ? load(x + i) : load_partial(x + i, left, -Real(HUGE_VAL));
+    sum[0] += exponential_or_huge(o - shift);
   }
-  return {maximum_lane<Real>(maximum(maximum(best[0], best[1]), maximum(best[2], best[3]))),
-          sum_lanes<Real>((sum[0] + sum[1]) + (sum[2] + sum[3]))};
+  return sum_lanes<Real>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // sum w x as sum w (x - shift) + shift * sum w: small terms in float32, the rest in double.
@@ -95,23 +90,21 @@ RowExponentials exponentials(const void* data, const void* class_weight, int64_t
   RowExponentials total = no_exponentials();
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    double shift = total.maximum;
+    double shift = total.shift;
     if (shift == -HUGE_VAL) shift = block_maximum(x + begin, size);
     // Only -inf (or NaN) so far: exp(o - 0) is 0 for all of them, where exp(-inf + inf) would be NaN.
-    if (shift == -HUGE_VAL) shift = 0;
-    ShiftedExponentials block = shifted_exponentials(x + begin, size, Real(shift));
-    if (block.maximum > shift + kHeadroom) {
-      shift = block.maximum;
-      block = shifted_exponentials(x + begin, size, Real(shift));
+    double sum = exponential_sum(x + begin, size, Real(shift == -HUGE_VAL ? 0 : shift));
+    if (!(sum <= kLargestSum)) {
+      const double higher = block_maximum(x + begin, size);
+      if (higher > shift) {
+        shift = higher;
+        sum = exponential_sum(x + begin, size, Real(shift));
+      }
     }
-    // `block.sum` is relative to `shift`, which need not be a maximum of this block: restate it.
-    const double maximum = block.maximum > total.maximum ? block.maximum : total.maximum;
-    const double kept = total.sum == 0 ? 0 : total.sum * exp(total.maximum - maximum);
-    const bool same = block.sum == 0 || shift == maximum || maximum == -HUGE_VAL;
-    const double added = same ? block.sum : block.sum * exp(shift - maximum);
+    const double kept = total.sum == 0 || shift == total.shift ? total.sum : total.sum * exp(total.shift - shift);
     double weighted = total.weighted_sum;
-    if (weighted_sum) weighted += block_weighted_sum(x + begin, w ? w + begin : w, size, maximum);
-    total = {maximum, kept + added, weighted};
+    if (weighted_sum) weighted += block_weighted_sum(x + begin, w ? w + begin : w, size, shift);
+    total = {shift, kept + sum, weighted};
   }
   return total;
 }
@@ -120,18 +113,18 @@ template <class T>
 void gradient(const void* data, const void* class_weight, void* out, int64_t n, const CrossEntropyRowGradient& row,
               bool nontemporal) {
   using Real = typename Accumulation<T>::type;
-  const Real maximum = Real(row.maximum), slope = Real(row.slope), smooth = Real(row.smooth);
+  const Real shift = Real(row.shift), slope = Real(row.slope), smooth = Real(row.smooth);
   const T* x = static_cast<const T*>(data);
   T* result = static_cast<T*>(out);
   const Real* none = nullptr;
   if (class_weight != nullptr && row.smooth != 0) {
     const Real* w = static_cast<const Real*>(class_weight);
     stream(x, w, result, n, nontemporal, [=](Vector<Real> o, Vector<Real> weight) __attribute__((always_inline)) {
-      return exponential(o - maximum) * slope - weight * smooth;
+      return exponential(o - shift) * slope - weight * smooth;
     });
   } else {
     stream(x, none, result, n, nontemporal, [=](Vector<Real> o, Vector<Real>) __attribute__((always_inline)) {
-      return exponential(o - maximum) * slope - smooth;
+      return exponential(o - shift) * slope - smooth;
     });
   }
 }

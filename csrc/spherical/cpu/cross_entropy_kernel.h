@@ -8,13 +8,13 @@ namespace pyops {
 
 // Row numbers of the backward pass after multiplication by the upstream gradient; see cross_entropy_formula.h.
 struct CrossEntropyRowGradient {
-  double maximum, slope, smooth;
+  double shift, slope, smooth;
 };
 
 struct CrossEntropyKernels {
-  // (maximum, sum, weighted_sum) of the n elements at `x`. `class_weight` (accumulation type) may be null: ones.
+  // (shift, sum, weighted_sum) of the n elements at `x`. `class_weight` (accumulation type) may be null: ones.
   using Exponentials = RowExponentials (*)(const void* x, const void* class_weight, int64_t n, bool weighted_sum);
-  // out = slope * exp(x - maximum) - smooth * w; out may be x.
+  // out = slope * exp(x - shift) - smooth * w; out may be x.
   using Gradient = void (*)(const void* x, const void* class_weight, void* out, int64_t n,
                             const CrossEntropyRowGradient& row, bool nontemporal);
   Exponentials exponentials[4];  // by DType

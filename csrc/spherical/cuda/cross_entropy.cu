@@ -191,9 +191,9 @@ PYOPS_DEVICE RowExponentials merge_parts(const RowExponentials* partials, int pa
   if (parts == 1) return partials[0];
   RowExponentials own = no_exponentials();
   for (int part = lane; part < parts; part += lanes) merge_exponentials(own, partials[part]);
-  const double maximum = row_maximum(own.maximum, lanes);
-  const double sum = own.sum == 0 ? 0 : own.sum * exp(own.maximum - maximum);
-  return {maximum, row_sum(sum, lanes), row_sum(own.weighted_sum, lanes)};
+  const double shift = row_maximum(own.shift, lanes);
+  const double sum = own.sum == 0 ? 0 : own.sum * exp(own.shift - shift);
+  return {shift, row_sum(sum, lanes), row_sum(own.weighted_sum, lanes)};
 }
 
 // What the threads of a row add up over its targets.
@@ -332,22 +332,22 @@ template <class T>
 struct SoftmaxFormula {
   using Real = RealOf<T>;
   static constexpr bool kWeighted = false;
-  Real maximum, slope, smooth;
-  PYOPS_DEVICE Real operator()(Real o) const { return exponential<T>(o - maximum) * slope - smooth; }
+  Real shift, slope, smooth;
+  PYOPS_DEVICE Real operator()(Real o) const { return exponential<T>(o - shift) * slope - smooth; }
 };
 
 template <class T>
 struct WeightedSoftmaxFormula {
   using Real = RealOf<T>;
   static constexpr bool kWeighted = true;
-  Real maximum, slope, smooth;
+  Real shift, slope, smooth;
   PYOPS_DEVICE Real operator()(Real o, Real weight) const {
-    return exponential<T>(o - maximum) * slope - weight * smooth;
+    return exponential<T>(o - shift) * slope - weight * smooth;
   }
 };
 
 struct CrossEntropyNumbers {
-  double maximum, slope, smooth, target_scale;
+  double shift, slope, smooth, target_scale;
   bool zero;
 };
 
@@ -367,7 +367,7 @@ struct CrossEntropyGradient {
     const double slope = s[kSlopeCe] / g.normalizer[0];
     const double z_slope = s[kZSlope] == 0 ? 0 : s[kZSlope] / g.normalizer[1];
     const bool zero = all_zero(s, kSlopeCe, kTargetGradientCe + g.targets);
-    return {s[kMaximum], upstream * (slope + z_slope), upstream * s[kSmoothCe] / g.normalizer[0],
+    return {s[kLogitShift], upstream * (slope + z_slope), upstream * s[kSmoothCe] / g.normalizer[0],
             upstream / g.normalizer[0], zero};
   }
 
@@ -375,16 +375,16 @@ struct CrossEntropyGradient {
   PYOPS_DEVICE double value(const Numbers& n, double o, int64_t column) const {
     double weight = 1;
     if constexpr (kClassWeight) weight = double(dev::widen(static_cast<const T*>(class_weight)[column]));
-    return n.slope * exp(o - n.maximum) - n.smooth * weight;
+    return n.slope * exp(o - n.shift) - n.smooth * weight;
   }
 
   template <class T, class Run>
   PYOPS_DEVICE void with_formula(const Numbers& n, const Run& run) const {
     using Real = RealOf<T>;
     if (kClassWeight && n.smooth != 0) {
-      if constexpr (kClassWeight) run(WeightedSoftmaxFormula<T>{Real(n.maximum), Real(n.slope), Real(n.smooth)});
+      if constexpr (kClassWeight) run(WeightedSoftmaxFormula<T>{Real(n.shift), Real(n.slope), Real(n.smooth)});
     } else {
-      run(SoftmaxFormula<T>{Real(n.maximum), Real(n.slope), Real(n.smooth)});
+      run(SoftmaxFormula<T>{Real(n.shift), Real(n.slope), Real(n.smooth)});
     }
   }
 };
