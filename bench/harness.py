@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -61,10 +62,13 @@ class Timed:
 @dataclass
 class Prepared:
     """A case with its tensors: the op, its rivals, and yardsticks (memory probes of the same size, the bare
-    dispatcher call), which are no rivals."""
+    dispatcher call), which are no rivals. ``exact()`` is the result in float64, with which those of the op and of
+    the rivals named in ``comparable`` can be compared."""
 
     target: Timed
     rivals: dict[str, Timed]
+    exact: Callable[[], torch.Tensor]
+    comparable: tuple[str, ...]
     yardsticks: dict[str, Timed] = field(default_factory=dict)
     backend: str = ""
 
@@ -89,9 +93,39 @@ class Case:
         return f"{self.op}-{self.what}-{shape}-{self.dtype}-{self.threads}t"
 
 
+@dataclass(frozen=True)
+class DeviceCase:
+    """A measurement on a GPU: the ledger counts its traffic in emulation, the GPU sheet times it. ``bytes`` and
+    ``flops`` are what the op must move and compute; ``compiled`` wants a torch.compile rival, which takes seconds.
+    ``build(case, device, seed)`` makes its tensors; without a seed their rows lie over each other in little memory,
+    aligned as in a real tensor, which is all that counting needs."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    what: str
+    bytes: int
+    flops: int
+    compiled: bool
+    build: Callable[[DeviceCase, torch.device, int | None], Prepared] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.what} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+
+def _families() -> list:
+    return [importlib.import_module(f"pyops._bench.{family}") for family in FAMILIES]
+
+
 def all_cases() -> list[Case]:
-    families = (importlib.import_module(f"pyops._bench.{family}") for family in FAMILIES)
-    return [case for family in families for case in family.cases()]
+    return [case for family in _families() for case in family.cases()]
+
+
+def device_cases(tiny: bool = False) -> list[DeviceCase]:
+    """Of all families, the most telling first; ``tiny``: the same passes on shapes that an emulator can run."""
+    each = [family.device_cases(tiny) for family in _families()]
+    return [case for turn in itertools.zip_longest(*each) for case in turn if case]
 
 
 # ---- the machine -------------------------------------------------------------------------------------------

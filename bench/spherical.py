@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pyops._bench.harness import Case, Prepared, Timed, available_threads, memory_probes
+from pyops._bench.harness import Case, DeviceCase, Prepared, Timed, available_threads, memory_probes
 from torch import Tensor
 
 import pyops
@@ -196,24 +196,41 @@ def _compiled(formula: Callable, make: Callable, logits: Tensor, target: Tensor)
     return {"compile": timed}
 
 
-def prepare(op: str, what: str, logits: Tensor, target: Tensor, threads: int, compiled: bool) -> Prepared:
-    """One op in one pass with its rivals and yardsticks, on the tensors given."""
-    _check_same(op, logits, target)
+def _result(value: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def contest(op: str, what: str, logits: Tensor, target: Tensor, compiled: bool) -> Prepared:
+    """One op in one pass with its rivals, on the tensors given."""
     ours, formulas = OPS[op]
-    # A rival has no backward in place: it competes with the one that it has.
-    make = _TIMED[what.removesuffix("_inplace")]
+    plain = what.removesuffix("_inplace")  # a rival has no backward in place: it competes with the one that it has
     functions = formulas | {"F.cross_entropy": F.cross_entropy}
-    rivals = {name: make(function, logits, target) for name, function in functions.items()}
+    rivals = {name: _TIMED[plain](function, logits, target) for name, function in functions.items()}
+    formula = next(iter(formulas.values()))
     if compiled and what not in CALLS:
-        rivals |= _compiled(next(iter(formulas.values())), make, logits, target)
+        rivals |= _compiled(formula, _TIMED[plain], logits, target)
+
+    def exact() -> Tensor:
+        timed = _TIMED[plain](formula, logits.double(), target)
+        return _result(timed.run(timed.prepare()))
+
     return Prepared(
         target=_TIMED[what](ours, logits, target),
         rivals=rivals,
-        yardsticks=(
-            {"dispatcher": _dispatcher_call(op, logits, target)} if what in CALLS else memory_probes(logits, threads)
-        ),
+        exact=exact,
+        comparable=(*formulas, "compile"),
         backend=pyops.explain(op.removesuffix("_lse_square"), logits, target).backend,
     )
+
+
+def prepare(op: str, what: str, logits: Tensor, target: Tensor, threads: int, compiled: bool) -> Prepared:
+    """A contest on the CPU, with yardsticks."""
+    _check_same(op, logits, target)
+    prepared = contest(op, what, logits, target, compiled)
+    prepared.yardsticks = (
+        {"dispatcher": _dispatcher_call(op, logits, target)} if what in CALLS else memory_probes(logits, threads)
+    )
+    return prepared
 
 
 def build(case: Case, compiled: bool) -> Prepared:
@@ -223,6 +240,20 @@ def build(case: Case, compiled: bool) -> Prepared:
     logits = torch.randn(rows, classes, generator=generator).mul_(2).to(getattr(torch, case.dtype))
     target = torch.randint(0, classes, (rows,), generator=generator)
     return prepare(case.op, case.what, logits, target, case.threads, compiled)
+
+
+def build_on_device(case: DeviceCase, device: torch.device, seed: int | None) -> Prepared:
+    rows, classes = case.shape
+    dtype = getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(seed or 0)
+    target = torch.randint(0, classes, (rows,), generator=generator, device=device)
+    if seed is None:
+        shift = classes % 64  # elements: the same place within 128 bytes as if each row followed the last
+        memory = torch.randn(classes + rows * shift, generator=generator, device=device).to(dtype)
+        logits = memory.as_strided((rows, classes), (shift, 1))
+    else:
+        logits = torch.randn(rows, classes, generator=generator, device=device).mul_(2).to(dtype)
+    return contest(case.op, case.what, logits, target, case.compiled and seed == 0)
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------
@@ -245,9 +276,13 @@ def _gate(op: str, shape: tuple[int, int]) -> str:
     return "copy" if op.startswith("cross_entropy") else "read"
 
 
+def _bytes(what: str, shape: tuple[int, int], dtype: str) -> int:
+    """That must move."""
+    return PASSES.get(what, 0) * shape[0] * shape[1] * getattr(torch, dtype).itemsize
+
+
 def case(op: str, what: str, shape: tuple[int, int], dtype: str, threads: int, gate: str = "") -> Case:
-    moved = PASSES.get(what, 0) * shape[0] * shape[1] * getattr(torch, dtype).itemsize
-    return Case(op, shape, dtype, what, threads, gate, moved, build)
+    return Case(op, shape, dtype, what, threads, gate, _bytes(what, shape, dtype), build)
 
 
 def _gated_case(op: str, what: str, shape: tuple[int, int], dtype: str) -> Case:
@@ -280,3 +315,33 @@ def cases() -> list[Case]:
 def custom_cases(ops: list[str], shape: tuple[int, int], dtype: str) -> list[Case]:
     """All passes at a shape and dtype of the user's choice, on all threads."""
     return [case(op, what, shape, dtype, torch.get_num_threads()) for op in ops for what in PASSES]
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+# Large vocabulary in the dtype of training; a row that starts at any alignment; float32; many short rows; few long
+# ones, which several blocks share.
+DEVICE_SHAPES = (
+    ((8192, 32768), "bfloat16"),
+    ((4096, 50257), "bfloat16"),
+    ((2048, 32768), "float32"),
+    ((65536, 4096), "bfloat16"),
+    ((16, 1 << 20), "bfloat16"),
+)
+TINY_DEVICE_SHAPES = (((8, 1000), "bfloat16"), ((3, 257), "float32"))  # for dry runs
+
+
+def device_cases(tiny: bool = False) -> list[DeviceCase]:
+    shapes = TINY_DEVICE_SHAPES if tiny else DEVICE_SHAPES
+    first, rest = shapes[0], shapes[1:]
+    main = ("z_loss", "cross_entropy")
+    chosen = [(op, what, *first, what != "backward_inplace" and not tiny) for what in PASSES for op in main]
+    chosen += [(op, what, *shape, False) for shape in rest for what in ("forward", "backward") for op in main]
+    others = [op for op in OPS if op not in main]
+    chosen += [(op, what, *first, False) for op in others for what in ("forward", "backward")]
+    if not tiny:
+        chosen += [(op, "forward_backward", SMALL, "float32", False) for op in main]  # the price of launches
+    return [
+        DeviceCase(op, shape, dtype, what, _bytes(what, shape, dtype), 0, compiled, build_on_device)
+        for op, what, shape, dtype, compiled in chosen
+    ]

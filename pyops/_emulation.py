@@ -7,10 +7,15 @@ what it allocates, and nothing else; a finding of the checker is a RuntimeError 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+COUNTERS = (
+    "global_requests", "sectors", "shared_requests", "wavefronts", "barriers", "warp_barriers", "atomics", "mma",
+    "copy_bytes",
+)  # fmt: skip
 _LIBRARIES = {"1": "_emulated.so", "check": "_emulated_check.so"}
 _checker: ctypes.CDLL | None = None
 
@@ -36,6 +41,39 @@ def configure(seed: int = 0, preemption: float = 0.0, threads: int = 0) -> None:
     """How the fibers of later calls are scheduled: seed 0 in thread order, any other at random."""
     loaded = _checker or ctypes.CDLL(str(Path(__file__).parent / _LIBRARIES["1"]))
     loaded.pyops_emulator_configure(ctypes.c_uint(seed), ctypes.c_double(preemption), ctypes.c_int(threads))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the check build counted in one launch: ``counters`` are of the ``blocks`` that ran, of those of the grid."""
+
+    kernel: str
+    function: int  # offset of the kernel's instance in the library
+    grid: tuple[int, int, int]
+    threads: int  # of a block
+    shared: int  # bytes of a block
+    blocks: int
+    counters: dict[str, int]
+
+
+def sample(blocks: int) -> None:
+    """From now on only that many blocks of every grid run, evenly spaced (0: all of them); outputs mean nothing."""
+    _checker.pyops_emulator_sample(ctypes.c_int64(blocks))
+
+
+def launches(library: ctypes.CDLL | None = None) -> list[Launch]:
+    """The launches since this was last called, of the check build that ops run in or of another one."""
+    library = library or _checker
+    size = library.pyops_emulator_launches(None, ctypes.c_size_t(0), ctypes.c_bool(False))
+    text = ctypes.create_string_buffer(size)
+    library.pyops_emulator_launches(text, ctypes.c_size_t(size), ctypes.c_bool(True))
+    found = []
+    for line in text.value.decode().splitlines():
+        kernel, *fields = line.split("\t")
+        function, x, y, z, threads, shared, blocks, *counters = map(int, fields)
+        counted = dict(zip(COUNTERS, counters, strict=True))
+        found.append(Launch(kernel, function, (x, y, z), threads, shared, blocks, counted))
+    return found
 
 
 def run(name: str, args: tuple):

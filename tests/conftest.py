@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything can import one
+# Read when a kernel is defined, so before anything can import one; 0 compiles them, for a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import random
 from collections import Counter, defaultdict
@@ -90,7 +91,7 @@ NO_TEST = {
 
 # These put a Python router on the dispatcher for the rest of the process. They run last, so that all other tests
 # see the C++ kernels exactly as a user's process has them.
-ROUTED_BACKENDS = ("reference", "triton-interpreted", "cuda-emulated")
+ROUTED_BACKENDS = ("reference", "triton-interpreted", "triton-gpu", "cuda-emulated")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.user_properties.extend(("row", row) for row in mark.args)
         if item.get_closest_marker("slow") and not wants_slow:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=contract.unavailable("cuda")))
     items.sort(key=_routed)
 

@@ -180,10 +180,11 @@ def ops() -> tuple[Op, ...]:
 
 # ---- backends ----------------------------------------------------------------------------------------------
 
-BACKENDS = ("cpu:baseline", "cpu:avx2", "cpu:avx512", "cuda-emulated", "triton-interpreted", "reference", "cuda")
+ON_GPU = ("cuda", "triton-gpu")
+BACKENDS = ("cpu:baseline", "cpu:avx2", "cpu:avx512", "cuda-emulated", "triton-interpreted", "reference", *ON_GPU)
 on_every_backend = pytest.mark.parametrize(
     "backend",
-    [pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name for name in BACKENDS],
+    [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS],
     indirect=True,
 )
 
@@ -209,7 +210,14 @@ def unavailable(backend: str) -> str:
         return "" if _lib.emulated else "a run of its own (make emulate)"
     if kind == "cuda":
         return _lib.cuda_unavailable()
-    return _dispatch.triton_unavailable() if kind == "triton-interpreted" else ""
+    if kind.startswith("triton"):
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if kind == "triton-gpu" and not torch.cuda.is_available():
+            return "no CUDA device is available to torch"
+        if interpreted != (kind == "triton-interpreted"):
+            return f"a run of its own (TRITON_INTERPRET={int(not interpreted)})"
+        return _dispatch.triton_unavailable()
+    return ""
 
 
 @contextlib.contextmanager
@@ -227,12 +235,13 @@ def running_on(backend: str) -> Iterator[None]:
     elif backend in ("default", "cuda"):
         yield
     else:
-        with pyops.use_backend({"triton-interpreted": "triton", "cuda-emulated": "cuda"}.get(kind, kind)):
+        names = {"triton-interpreted": "triton", "triton-gpu": "triton", "cuda-emulated": "cuda"}
+        with pyops.use_backend(names.get(kind, kind)):
             yield
 
 
 def on_device(call: Call, backend: str) -> Call:
-    return call.map(Tensor.cuda) if backend == "cuda" else call
+    return call.map(Tensor.cuda) if backend in ON_GPU else call
 
 
 def is_slow(backend: str) -> bool:
@@ -707,8 +716,8 @@ def check_specials(function: Function, special: float, backend: str, names: tupl
 
 
 @pytest.mark.row("R47")
-@pytest.mark.parametrize("backward_on", [name for name in BACKENDS if name != "cuda"])
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"], indirect=True)
+@pytest.mark.parametrize("backward_on", [name for name in BACKENDS if name not in ON_GPU])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ON_GPU], indirect=True)
 def test_forward_of_one_backend_with_backward_of_another(function, backend, backward_on, count_cases):
     """What a forward saves means the same on every backend."""
     if unavailable(backward_on):

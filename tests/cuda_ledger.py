@@ -1,11 +1,14 @@
-"""The compile ledger: what nvcc makes of every CUDA kernel, watched without a GPU.
+"""The ledger: what can be said of the speed of every CUDA and Triton kernel without a GPU, in ``bench/ledger.json``.
 
 ``python tests/cuda_ledger.py`` compiles every ``csrc/*/cuda/*.cu`` for each target and compares registers, stack,
-shared memory and SASS instruction counts per kernel with ``bench/ledger.json``; ``--update`` writes that file.
+shared memory and SASS instruction counts per kernel with the ledger ("kernels"), then counts in emulation what the
+kernels of every device case move ("traffic", ledger_traffic.py); ``--update`` writes both. The part about Triton
+("triton") is taken by triton_offline.py.
 
 A kernel fails when it spills or touches local memory (LDL, STL), whatever the ledger says, and, if the ledger was
-written by the same compiler, when a number has grown by more than 2 %, when it has fewer 16-byte loads than before,
-or when kernels have appeared or vanished.
+written by the same compiler, when a number has grown by more than 2 %, when it has fewer wide loads or asynchronous
+copies than before, or when kernels have appeared or vanished. A case fails when it moves a tenth more than it must, or
+2 % more of anything than in the ledger.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ledger_traffic
+
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "bench" / "ledger.json"
 CACHE = ROOT / "build" / "cuda_ledger"
@@ -40,6 +45,7 @@ COUNTERS = {
     "ATOM": ("ATOM", "ATOMG", "ATOMS", "RED", "REDG"), "LDSM": ("LDSM",), "LDGSTS": ("LDGSTS",), "IDP": ("IDP",),
     "HMMA": ("HMMA",), "IMMA": ("IMMA",), "HGMMA": ("HGMMA",),
 }  # fmt: skip
+WANTED = ("LDG.128", "LDGSTS")  # fewer are worse
 LOCAL_MEMORY = ("spill_stores", "spill_loads", "LDL", "STL")
 
 
@@ -185,24 +191,27 @@ def regressions(old: dict, new: dict) -> list[str]:
     for key in before.keys() & after.keys():
         for counter in sorted(before[key].keys() | after[key].keys()):
             was, now = before[key].get(counter, 0), after[key].get(counter, 0)
-            if now > was * GROWTH or (counter == "LDG.128" and now < was):
+            if (counter not in WANTED and now > was * GROWTH) or (counter in WANTED and now < was):
                 found.append(f"{' '.join(key)}: {counter} {was} -> {now}")
     return sorted(found)
 
 
-def write(ledger: dict) -> None:
-    """One line per kernel and target, so that a diff shows what changed."""
-    lines = ["{", f' "compiler": {json.dumps(ledger["compiler"])},', ' "kernels": {']
-    files = []
-    for file, kernels in ledger["kernels"].items():
-        entries = [
-            f"   {json.dumps(kernel)}: {{\n"
-            + ",\n".join(f"    {json.dumps(target)}: {json.dumps(numbers)}" for target, numbers in targets.items())
-            + "\n   }"
-            for kernel, targets in kernels.items()
-        ]
-        files.append(f"  {json.dumps(file)}: {{\n" + ",\n".join(entries) + "\n  }")
-    LEDGER.write_text("\n".join(lines) + "\n" + ",\n".join(files) + "\n }\n}\n")
+def load() -> dict:
+    return json.loads(LEDGER.read_text())
+
+
+def save(**sections) -> None:
+    """Replaces sections of the file; one line per innermost entry, so that a diff shows what changed."""
+
+    def lines(value, indent: str) -> str:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not any(isinstance(one, dict) for one in inner):
+            return json.dumps(value)
+        keys = [f"{json.dumps(key)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+        body = ",\n".join(f"{indent} {key}{lines(one, indent + ' ')}" for key, one in zip(keys, inner, strict=True))
+        return f"{{\n{body}\n{indent}}}" if isinstance(value, dict) else f"[\n{body}\n{indent}]"
+
+    LEDGER.write_text(lines(load() | sections, "") + "\n")
 
 
 def table(ledger: dict) -> str:
@@ -216,6 +225,16 @@ def table(ledger: dict) -> str:
     return "\n".join(lines)
 
 
+def compare(new: dict, traffic: dict) -> list[str]:
+    """Everything that speaks against a ledger just taken."""
+    old = load()
+    problems = local_memory(new) + ledger_traffic.excesses(traffic)
+    problems += ledger_traffic.regressions(old["traffic"], traffic, GROWTH)
+    if old["compiler"] != new["compiler"]:
+        print(f"kernels not compared: the ledger is of nvcc {old['compiler']}, this is {new['compiler']}")
+    return problems + regressions(old, new)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write bench/ledger.json")
@@ -225,14 +244,11 @@ def main() -> int:
         return 1
     new = take()
     print(table(new))
-    problems = local_memory(new)
+    traffic = ledger_traffic.with_estimates(ledger_traffic.take(), new)
+    print(ledger_traffic.table(traffic))
     if arguments.update:
-        write(new)
-    else:
-        old = json.loads(LEDGER.read_text())
-        if old["compiler"] != new["compiler"]:
-            print(f"not compared: the ledger is of nvcc {old['compiler']}, this is {new['compiler']}")
-        problems += regressions(old, new)
+        save(**new, traffic=traffic)
+    problems = compare(new, traffic)
     print("\n".join(problems) or "ledger holds")
     return 1 if problems else 0
 

@@ -3,7 +3,10 @@
     python tests/triton_offline.py --json OUT [--arch 90] [--dtype bfloat16] [--kernel logits_gradient]
 
 prints one line per (kernel, variant, architecture) and exits 1 if any of them spills, touches local memory, or
-has lost the 16-byte accesses it was written for.
+has lost the 16-byte accesses it was written for. A run over everything also compares with the section "triton" of
+``bench/ledger.json``, which ``--update`` writes for the version of Triton that runs: over the variants of a kernel,
+dtype and architecture the most registers, the most shared memory, the fewest blocks that a multiprocessor holds, and
+all instructions.
 
 What is shipped is not listed by hand. The launchers themselves are called, on meta tensors, with
 `JITFunction.run` replaced by a recorder that asks Triton's own binder which variant this call would compile:
@@ -27,6 +30,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cuda_ledger
+import ledger_traffic
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -99,6 +104,7 @@ class Report:
     kernel: str
     variant: str
     arch: int
+    warps: int
     triton: str
     registers: int
     stack_bytes: int
@@ -155,6 +161,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
         kernel=launch.name,
         variant=launch.variant,
         arch=arch,
+        warps=launch.options["num_warps"],
         triton=triton.__version__,
         registers=int(usage["REG"]),
         stack_bytes=int(usage["STACK"]) + int(usage["LOCAL"]),
@@ -237,6 +244,52 @@ def shipped(dtype: torch.dtype) -> tuple[Launch, ...]:
     return tuple(launches)
 
 
+# ------------------------------------------------------------------------------------------------------- ledger
+
+
+def ledger_entries(reports: list[tuple[str, Report]]) -> dict[str, dict[str, dict[str, int]]]:
+    """{"kernel dtype": {architecture: numbers}} of (dtype, report) pairs."""
+    grouped: dict[tuple[str, str], list[Report]] = {}
+    for dtype, report in reports:
+        grouped.setdefault((f"{report.kernel} {dtype}", f"sm_{report.arch}"), []).append(report)
+    entries: dict[str, dict] = {}
+    for (kernel, target), found in sorted(grouped.items()):
+        device = ledger_traffic.DEVICES.get(target) or ledger_traffic.DEVICES[f"{target}a"]
+        blocks = (
+            ledger_traffic.occupancy(report.registers, 32 * report.warps, report.shared_bytes, device)
+            for report in found
+        )
+        entries.setdefault(kernel, {})[target] = {
+            "variants": len(found),
+            "registers": max(report.registers for report in found),
+            "shared": max(report.shared_bytes for report in found),
+            "fewest_blocks": min(blocks),
+            "instructions": sum(report.instructions for report in found),
+            "wide_loads": sum(report.wide_loads for report in found),
+            "wide_stores": sum(report.wide_stores for report in found),
+        }
+    return entries
+
+
+def regressions(old: dict, new: dict) -> list[str]:
+    """What got worse between two sets of entries of one version."""
+    found = [f"{kernel}: not in the ledger" for kernel in new.keys() - old.keys()]
+    found += [f"{kernel}: only in the ledger" for kernel in old.keys() - new.keys()]
+    for kernel in old.keys() & new.keys():
+        for target in new[kernel]:
+            was, now = old[kernel][target], new[kernel][target]
+            if was["variants"] != now["variants"]:
+                found.append(f"{kernel} {target}: {was['variants']} -> {now['variants']} variants")
+                continue
+            for number in ("registers", "shared", "instructions"):
+                if now[number] > was[number] * cuda_ledger.GROWTH:
+                    found.append(f"{kernel} {target}: {number} {was[number]} -> {now[number]}")
+            for number in ("fewest_blocks", "wide_loads", "wide_stores"):
+                if now[number] < was[number]:
+                    found.append(f"{kernel} {target}: {number} {was[number]} -> {now[number]}")
+    return sorted(found)
+
+
 # ------------------------------------------------------------------------------------------------- command line
 
 
@@ -260,6 +313,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", help=f"default: {ARCHITECTURES}")
     parser.add_argument("--dtype", action="append", help="default: all")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--update", action="store_true", help="write bench/ledger.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
 
@@ -278,10 +332,22 @@ def main() -> int:
             reports.append(report)
     bad = [report for report in reports if report.complaints()]
     print(f"triton {triton.__version__}: {len(reports)} variants compiled, {len(bad)} with complaints")
+    problems = []
+    if tasks and not (arguments.arch or arguments.dtype or arguments.kernel):
+        entries = ledger_entries([(task[0], report) for task, report in zip(tasks, reports, strict=True)])
+        known = cuda_ledger.load()["triton"]
+        if arguments.update:
+            known = known | {triton.__version__: entries}
+            cuda_ledger.save(triton=known)
+        if triton.__version__ in known:
+            problems = regressions(known[triton.__version__], entries)
+            print("\n".join(problems) or "ledger holds")
+        else:
+            print(f"not compared: the ledger has Triton {', '.join(known)}")
     if arguments.json:
         rows = [{**dataclasses.asdict(report), "complaints": report.complaints()} for report in reports]
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if bad or not reports else 0
+    return 1 if bad or problems or not reports else 0
 
 
 if __name__ == "__main__":

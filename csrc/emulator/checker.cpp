@@ -59,8 +59,20 @@ uint32_t offset_of(const void* pc) { return uint32_t(reinterpret_cast<uintptr_t>
 struct Counters {
   int64_t global_requests, sectors, shared_requests, wavefronts, barriers, warp_barriers, atomics, mma, copy_bytes;
 };
-Counters counters{};
-std::mutex counters_mutex;
+
+struct LaunchRecord {
+  std::string kernel;
+  uintptr_t function;  // its instance, as an offset into the library
+  dim3 grid, block;
+  int64_t blocks;  // that ran
+  size_t shared;   // bytes of a block, static and dynamic
+  Counters counters;
+};
+std::vector<LaunchRecord> launches;  // since they were last asked for
+std::mutex launches_mutex;
+constexpr size_t kMostLaunches = 1 << 16;
+
+bool sampling() { return configuration.sampled_blocks != 0; }
 
 struct Request {
   unsigned lanes;
@@ -205,7 +217,7 @@ struct Buffer {
   bool writable;
   std::string name;
   size_t grain;                              // bytes that one entry of `words` stands for: an element, at most four
-  std::vector<std::atomic<uint64_t>> words;  // last writer and last reader
+  std::vector<std::atomic<uint64_t>> words;  // last writer and last reader; empty while blocks are sampled
 };
 std::map<uintptr_t, Buffer*> buffers;  // by the end of the range
 std::atomic<int> buffers_generation{0};
@@ -279,6 +291,7 @@ void global_access(Block& block, uintptr_t address, size_t size, bool write, boo
     report("write to a read-only buffer", "at " + code(pc) + " of " + place_in(*buffer, address), pc);
     return;
   }
+  if (buffer->words.empty()) return;
   Shadow& shadow = shadow_of(block);
   const uint32_t mine = pack_access(block, shadow.epoch, atomic);
   const size_t grain = buffer->grain;
@@ -388,12 +401,14 @@ void access(void* pointer, size_t size, bool write, const void* return_address) 
 
 // ---- hooks of the scheduler -----------------------------------------------------------------------------
 
-void launch_begins(const Launch&) {
+void launch_begins(const Launch& launch, int64_t blocks) {
   for (const auto& [end, buffer] : buffers) {
     for (auto& word : buffer->words) word.store(0, std::memory_order_relaxed);
   }
   sync_clocks.clear();
-  counters = {};
+  if (launches.size() == kMostLaunches) launches.clear();  // nobody asks
+  const uintptr_t function = reinterpret_cast<uintptr_t>(launch.function) - own_base;
+  launches.push_back({launch.kernel, function, launch.grid, launch.block, blocks, 0, {}});
 }
 
 void block_begins(Block& block) {
@@ -425,8 +440,10 @@ void block_ends(Block& block) {
       for (const Request& request : place.open) close_request(shadow, request);
     }
   }
-  const std::lock_guard<std::mutex> lock(counters_mutex);
-  int64_t* to = reinterpret_cast<int64_t*>(&counters);
+  const std::lock_guard<std::mutex> lock(launches_mutex);
+  LaunchRecord& record = launches.back();
+  record.shared = std::max(record.shared, block.shared_used);
+  int64_t* to = reinterpret_cast<int64_t*>(&record.counters);
   const int64_t* from = reinterpret_cast<const int64_t*>(&shadow.counters);
   for (size_t i = 0; i < sizeof(Counters) / sizeof(int64_t); ++i) to[i] += from[i];
 }
@@ -593,7 +610,8 @@ PYOPS_EMULATOR_EXPORT void pyops_emulator_register(void* begin, size_t bytes, si
   const uintptr_t first = reinterpret_cast<uintptr_t>(begin);
   const size_t grain = element_bytes < 4 ? element_bytes : 4;
   Buffer* buffer = new Buffer{first, first + bytes, writable, name, grain, {}};
-  buffer->words = std::vector<std::atomic<uint64_t>>((first + bytes + grain - 1) / grain - first / grain);
+  if (!sampling())
+    buffer->words = std::vector<std::atomic<uint64_t>>((first + bytes + grain - 1) / grain - first / grain);
   Buffer*& place = buffers[first + bytes];
   delete place;
   place = buffer;
@@ -606,6 +624,25 @@ PYOPS_EMULATOR_EXPORT void pyops_emulator_forget_buffers() {
   buffers.clear();
 }
 
-// global requests, sectors, shared requests, wavefronts, barriers, warp barriers, atomics, mma, cp.async bytes of the
-// last launch.
-PYOPS_EMULATOR_EXPORT void pyops_emulator_counters(int64_t* values) { memcpy(values, &counters, sizeof(counters)); }
+// The launches since they were last cleared, one a line: kernel, offset of its instance in the library, grid, threads
+// of a block, bytes of its shared memory, blocks that ran, and of all of them global requests, sectors, shared
+// requests, wavefronts, barriers, warp barriers, atomics, mma and cp.async bytes; separated by tabs. `text` as in
+// pyops_emulator_reports.
+PYOPS_EMULATOR_EXPORT size_t pyops_emulator_launches(char* text, size_t capacity, bool clear) {
+  const std::lock_guard<std::mutex> lock(launches_mutex);
+  std::vector<std::string> lines;
+  for (const LaunchRecord& one : launches) {
+    std::string line = one.kernel;
+    const auto add = [&](int64_t number) { line.append("\t").append(std::to_string(number)); };
+    add(int64_t(one.function));
+    for (const unsigned size : {one.grid.x, one.grid.y, one.grid.z}) add(size);
+    add(int64_t(one.block.x) * one.block.y * one.block.z);
+    add(int64_t(one.shared));
+    add(one.blocks);
+    const int64_t* counters = reinterpret_cast<const int64_t*>(&one.counters);
+    for (size_t i = 0; i < sizeof(Counters) / sizeof(int64_t); ++i) add(counters[i]);
+    lines.push_back(line);
+  }
+  if (clear) launches.clear();
+  return write_lines(lines, text, capacity);
+}

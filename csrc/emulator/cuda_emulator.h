@@ -56,6 +56,7 @@ struct Launch {
   void (*run)(const void* arguments);  // one CUDA thread
   const void* arguments;
   size_t arguments_bytes;
+  const void* function;  // the instance of the kernel
 };
 
 // Runs a whole grid; the number of reports, 0 when all is well.
@@ -72,7 +73,8 @@ int launch(const char* name, bool cooperative, void (*kernel)(Parameters...), di
     const Call& call = *static_cast<const Call*>(data);
     std::apply(call.kernel, call.values);
   };
-  return run({name, grid, block, shared_bytes, cooperative, thread, &call, sizeof(call)});
+  return run({name, grid, block, shared_bytes, cooperative, thread, &call, sizeof(call),
+              reinterpret_cast<const void*>(kernel)});
 }
 
 #define PYOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

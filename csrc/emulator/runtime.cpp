@@ -20,7 +20,7 @@ namespace pyops::emulator {
 
 thread_local ThreadIndices indices{};
 thread_local Worker* worker = nullptr;
-Configuration configuration{0, 0, 0};
+Configuration configuration{};
 const Checker* checker = nullptr;
 
 namespace {
@@ -418,16 +418,21 @@ void prepare_worker(Worker& w, const Launch& launch, unsigned stream) {
   worker = &w;
 }
 
-// Block number `position` of the order in which blocks run.
-int64_t ordered(int64_t position, int64_t count) { return configuration.seed == 0 ? position : count - 1 - position; }
+// Block number `position` of the order in which `count` blocks of the grid's `all` run. Of a sample each stands for as
+// many blocks, among which its place varies: with equal distances all of them would meet the same alignment.
+int64_t ordered(int64_t position, int64_t count, int64_t all) {
+  const int64_t number = configuration.seed == 0 ? position : count - 1 - position;
+  const int64_t each = all / count;
+  return count == all ? number : number * each + number * 7919 % each;
+}
 
-void work(const Launch& launch, std::atomic<int64_t>& next, int64_t count) {
+void work(const Launch& launch, std::atomic<int64_t>& next, int64_t count, int64_t all) {
   static thread_local Block* block = new_block();
   Worker& w = own_worker(false);
   w.blocks = {block};
   for (int64_t position = next++; position < count && !aborting; position = next++) {
     prepare_worker(w, launch, unsigned(position));
-    begin_block(*block, launch, ordered(position, count));
+    begin_block(*block, launch, ordered(position, count, all));
     run_blocks(w);
   }
   worker = nullptr;
@@ -439,7 +444,7 @@ void work_cooperatively(const Launch& launch, int64_t count) {
   w.blocks.clear();
   for (int64_t number = 0; number < count; ++number) {
     w.blocks.push_back(new_block());
-    begin_block(*w.blocks.back(), launch, ordered(number, count));
+    begin_block(*w.blocks.back(), launch, ordered(number, count, count));
   }
   run_blocks(w);
   for (Block* block : w.blocks) {
@@ -482,6 +487,17 @@ std::string text_of(const Thread& thread) {
   return "thread " + std::to_string(thread.number) + " of block " + std::to_string(thread.block->number);
 }
 
+size_t write_lines(const std::vector<std::string>& lines, char* text, size_t capacity) {
+  std::string all;
+  for (const std::string& line : lines) all += line + "\n";
+  if (capacity) {
+    const size_t length = std::min(all.size(), capacity - 1);
+    memcpy(text, all.data(), length);
+    text[length] = 0;
+  }
+  return all.size() + 1;
+}
+
 void report(const char* kind, const std::string& text, uint64_t key) {
   const std::lock_guard<std::mutex> lock(reports_mutex);
   if (key != 0 && !reported_keys.insert({kind, key}).second) return;
@@ -520,8 +536,10 @@ int run(const Launch& launch) {
     report("invalid launch", wrong + " [" + launch.kernel + "]");
     return 1;
   }
-  if (checker) checker->launch_begins(launch);
-  const int64_t blocks = int64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+  const int64_t all = int64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+  const int64_t sampled = launch.cooperative ? 0 : configuration.sampled_blocks;
+  const int64_t blocks = sampled ? std::min(sampled, all) : all;
+  if (checker) checker->launch_begins(launch, blocks);
   if (launch.cooperative) {
     work_cooperatively(launch, blocks);
   } else {
@@ -529,8 +547,9 @@ int run(const Launch& launch) {
     const int64_t host =
         configuration.host_threads ? configuration.host_threads : int(std::thread::hardware_concurrency());
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min(host, blocks / 4); ++i) others.emplace_back([&] { work(launch, next, blocks); });
-    work(launch, next, blocks);
+    for (int64_t i = 1; i < std::min(host, blocks / 4); ++i)
+      others.emplace_back([&] { work(launch, next, blocks, all); });
+    work(launch, next, blocks, all);
     for (std::thread& other : others) other.join();
   }
   return asserted ? kDeviceAssert : int(found);
@@ -560,21 +579,20 @@ void collective(const char* operation, unsigned mask, void* operands, Compute co
   Block& block = *me.block;
   Warp& warp = block.warps[size_t(me.warp)];
   const unsigned mine = 1u << me.lane;
-  const std::string here = std::string(" in ") + operation + " at ";
+  const auto here = [&] { return std::string(" in ") + operation + " at " + text_of(line); };
   if ((mask & mine) == 0) {
-    fatal("divergent collective", text_of(me) + " calls with a mask that does not name it" + here + text_of(line));
+    fatal("divergent collective", text_of(me) + " calls with a mask that does not name it" + here());
   }
-  if (mask & ~warp.lanes)
-    fatal("divergent collective", "the mask names lanes that do not exist" + here + text_of(line));
-  if (mask & warp.exited) fatal("exited lane", "the mask names a lane that has left the kernel" + here + text_of(line));
+  if (mask & ~warp.lanes) fatal("divergent collective", "the mask names lanes that do not exist" + here());
+  if (mask & warp.exited) fatal("exited lane", "the mask names a lane that has left the kernel" + here());
   Meeting* meeting = nullptr;
   for (Meeting& open : warp.open) {
     if ((open.mask & mask) == 0) continue;
     const bool same = open.mask == mask && strcmp(open.operation, operation) == 0 && open.line.number == line.number &&
                       strcmp(open.line.file, line.file) == 0;
     if (!same || (open.arrived & mine)) {
-      fatal("divergent collective", text_of(me) + here + text_of(line) + ", other lanes of its warp in " +
-                                        open.operation + " at " + text_of(open.line));
+      fatal("divergent collective",
+            text_of(me) + here() + ", other lanes of its warp in " + open.operation + " at " + text_of(open.line));
     }
     meeting = &open;
   }
@@ -764,19 +782,19 @@ void cp_async_wait(int groups_left) { finish_copies(*worker->current, groups_lef
 using namespace pyops::emulator;
 
 PYOPS_EMULATOR_EXPORT void pyops_emulator_configure(unsigned seed, double preemption, int host_threads) {
-  configuration = {seed, preemption, host_threads};
+  configuration.seed = seed;
+  configuration.preemption = preemption;
+  configuration.host_threads = host_threads;
 }
+
+// Runs only that many blocks of every grid (0: all): for counting what a large launch would do. Outputs are then not
+// all written, and accesses of global memory are checked for their bounds only.
+PYOPS_EMULATOR_EXPORT void pyops_emulator_sample(int64_t blocks) { configuration.sampled_blocks = blocks; }
 
 // The reports so far, one a line, at most `capacity` bytes with the final 0; returns the bytes needed.
 PYOPS_EMULATOR_EXPORT size_t pyops_emulator_reports(char* text, size_t capacity, bool clear) {
   const std::lock_guard<std::mutex> lock(reports_mutex);
-  std::string all;
-  for (const std::string& one : reports) all += one + "\n";
-  if (capacity) {
-    const size_t length = std::min(all.size(), capacity - 1);
-    memcpy(text, all.data(), length);
-    text[length] = 0;
-  }
+  const size_t bytes = write_lines(reports, text, capacity);
   if (clear) reports.clear();
-  return all.size() + 1;
+  return bytes;
 }

@@ -111,12 +111,14 @@ extern thread_local Worker* worker;
 // noticed.
 void report(const char* kind, const std::string& text, uint64_t key = 0);
 [[noreturn]] void fatal(const char* kind, const std::string& text);
+// Lines into `text` of `capacity` bytes, with a final 0; returns the bytes that all of them need.
+size_t write_lines(const std::vector<std::string>& lines, char* text, size_t capacity);
 std::string text_of(Line line);
 std::string text_of(const Thread& thread);
 
 // What the check build hooks into the scheduler; null in the fast build.
 struct Checker {
-  void (*launch_begins)(const Launch& launch);
+  void (*launch_begins)(const Launch& launch, int64_t blocks);  // how many of them will run
   void (*block_begins)(Block& block);
   void (*block_ends)(Block& block);
   void (*all_met)(Block& block, const std::vector<Thread*>& threads, bool whole_block);  // at a barrier
@@ -133,6 +135,7 @@ struct Configuration {
   unsigned seed;
   double preemption;
   int host_threads;
+  int64_t sampled_blocks;  // of every grid, evenly spaced; 0: all of them
 };
 extern Configuration configuration;
 

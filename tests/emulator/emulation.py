@@ -8,7 +8,8 @@
         print(session.reports(), out.values())
 
 Every buffer is a copy between guards, so an index that runs over lands in memory that belongs to nobody; outputs start
-as NaN (all bits one).
+as NaN (all bits one). ``build_for_device`` compiles the same files with nvcc for the GPU of this machine; its sessions
+work alike.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import cuda_ledger
 import numpy
+import torch
+
+from pyops import _emulation
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
@@ -46,17 +51,6 @@ COMMON = (
 KERNEL = ("-x", "c++", "-Wno-unknown-pragmas", "-ffp-contract=off")
 FAST = ("-O2",)
 CHECK = ("-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
-COUNTERS = (
-    "global_requests",
-    "sectors",
-    "shared_requests",
-    "wavefronts",
-    "barriers",
-    "warp_barriers",
-    "atomics",
-    "mma",
-    "copy_bytes",
-)
 
 
 def _compile(*arguments: object) -> None:
@@ -106,26 +100,51 @@ class Buffer:
         self.name, self.shape, self.dtype, self.writable = name, values.shape, values.dtype, writable
         self.bytes = values.nbytes
         self._memory = numpy.full(self.bytes + 2 * GUARD + ALIGNMENT, 0xA5, numpy.uint8)
-        start = GUARD - self._memory.ctypes.data % ALIGNMENT
-        start += ALIGNMENT if start < GUARD else 0
+        start = self._start()
         self._inside = slice(start, start + self.bytes)
         self._memory[self._inside] = numpy.ascontiguousarray(values).reshape(-1).view(numpy.uint8)
         self._before = self._memory.copy()
-        self.address = self._memory.ctypes.data + start
+        self.address = self._place() + start
+
+    def _start(self) -> int:
+        start = GUARD - self._memory.ctypes.data % ALIGNMENT
+        return start + (ALIGNMENT if start < GUARD else 0)
+
+    def _place(self) -> int:
+        return self._memory.ctypes.data
+
+    def _now(self) -> numpy.ndarray:
+        return self._memory
 
     def values(self) -> numpy.ndarray:
-        return self._memory[self._inside].view(self.dtype).reshape(self.shape).copy()
+        return self._now()[self._inside].view(self.dtype).reshape(self.shape).copy()
 
     def damage(self) -> str:
         """What was written that must not have been: guards, or an input."""
-        changed = self._memory != self._before
+        changed = self._now() != self._before
         if self.writable:
             changed[self._inside] = False
         at = numpy.flatnonzero(changed)
         return f"byte {at[0] - self._inside.start} of {self.name} was overwritten" if at.size else ""
 
 
+class DeviceBuffer(Buffer):
+    """The same in the memory of a GPU, whose allocator aligns."""
+
+    def _start(self) -> int:
+        return GUARD
+
+    def _place(self) -> int:
+        self._device = torch.from_numpy(self._memory).cuda()
+        return self._device.data_ptr()
+
+    def _now(self) -> numpy.ndarray:
+        return self._device.cpu().numpy()
+
+
 class Library:
+    buffer = Buffer
+
     def __init__(self, path: Path, check: bool):
         self.path, self.check = path, check
         self._library = ctypes.CDLL(str(path))
@@ -145,6 +164,29 @@ class Library:
                 self.pyops_emulator_forget_buffers()
 
 
+class DeviceLibrary(Library):
+    buffer = DeviceBuffer
+
+    @contextmanager
+    def session(self, seed: int = 0, preemption: float = 0.0, threads: int = 1) -> Iterator[Session]:
+        yield Session(self)
+
+
+@functools.cache
+def build_for_device(paths: tuple[Path, ...]) -> DeviceLibrary:
+    """The same launchers for the GPU of this machine."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
+    target = CACHE / f"{paths[0].stem}_sm_{architecture}_{_digest(paths, False)}.so"
+    if not target.exists():
+        command = [cuda_ledger.find_nvcc(), "-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
+        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-o", f"{target}.{os.getpid()}"]
+        subprocess.run([*command, *map(str, paths)], check=True)
+        os.replace(f"{target}.{os.getpid()}", target)
+    return DeviceLibrary(target, False)
+
+
 class Session:
     def __init__(self, library: Library):
         self.library = library
@@ -160,14 +202,16 @@ class Session:
         return buffer
 
     def input(self, name: str, values: numpy.ndarray) -> Buffer:
-        return self._add(Buffer(name, numpy.asarray(values), False))
+        return self._add(self.library.buffer(name, numpy.asarray(values), False))
 
     def output(self, name: str, shape: tuple[int, ...], dtype=numpy.float32) -> Buffer:
         size = int(numpy.prod(shape, dtype=numpy.int64)) * numpy.dtype(dtype).itemsize
-        return self._add(Buffer(name, numpy.full(size, 0xFF, numpy.uint8).view(dtype).reshape(shape), True))
+        return self._add(
+            self.library.buffer(name, numpy.full(size, 0xFF, numpy.uint8).view(dtype).reshape(shape), True)
+        )
 
     def inout(self, name: str, values: numpy.ndarray) -> Buffer:
-        return self._add(Buffer(name, numpy.asarray(values), True))
+        return self._add(self.library.buffer(name, numpy.asarray(values), True))
 
     def run(self, launcher: str, *arguments) -> int:
         """Calls an extern "C" launcher; buffers are passed by address, int and bool as they are."""
@@ -184,7 +228,9 @@ class Session:
         return result
 
     def reports(self, clear: bool = True) -> list[str]:
-        """One line per finding, with code offsets turned into source lines."""
+        """One line per finding, with code offsets turned into source lines; none of a GPU."""
+        if isinstance(self.library, DeviceLibrary):
+            return []
         size = self.library.pyops_emulator_reports(None, ctypes.c_size_t(0), ctypes.c_bool(False))
         text = ctypes.create_string_buffer(size)
         self.library.pyops_emulator_reports(text, ctypes.c_size_t(size), ctypes.c_bool(clear))
@@ -192,9 +238,7 @@ class Session:
 
     def counters(self) -> dict[str, int]:
         """Of the last launch; check build only."""
-        values = (ctypes.c_int64 * len(COUNTERS))()
-        self.library.pyops_emulator_counters(values)
-        return dict(zip(COUNTERS, values, strict=True))
+        return _emulation.launches(self.library)[-1].counters
 
 
 def resolve(library: Path, text: str) -> str:

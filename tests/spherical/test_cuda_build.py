@@ -4,7 +4,6 @@ and the compile ledger holds."""
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def test_no_kernel_uses_local_memory():
 
 def test_ledger_holds():
     new = ledger_or_skip()
-    old = json.loads(cuda_ledger.LEDGER.read_text())
+    old = cuda_ledger.load()
     if old["compiler"] != new["compiler"]:
         pytest.skip(f"the ledger is of nvcc {old['compiler']}, this is {new['compiler']}")
     assert cuda_ledger.regressions(old, new) == []
@@ -98,7 +97,7 @@ def test_ledger_holds():
 )
 def test_ledger_notices(counter, change):
     """On the committed ledger with one number changed; needs no compiler."""
-    old = json.loads(cuda_ledger.LEDGER.read_text())
+    old = cuda_ledger.load()
     new = copy.deepcopy(old)
     kernels = new["kernels"]["csrc/spherical/cuda/spherical_loss.cu"]
     numbers = kernels["gradient_kernel<bfloat16, SphericalLoss 0>"]["sm_90a"]

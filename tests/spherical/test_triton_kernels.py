@@ -22,9 +22,11 @@ from pyops.triton_kernels.spherical import _common, cross_entropy, spherical_los
 from pyops.spherical import reference
 
 # Interpreted lanes divide by zero and subtract infinities before they are masked, as lanes on a GPU do.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 KINDS = (*reference.SPHERICAL_LOSSES, "cross_entropy")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100

@@ -234,15 +234,16 @@ struct MomentSums {
   }
 };
 
-// One of 32 elements spread over x[0, columns), and the first one.
+// One of 8 elements spread over x[0, columns), and the first one. Every warp samples for itself, a sector of memory for
+// each element: 32 of them were 13 % of what a row of 4096 bfloat16 moves.
 template <class T>
 struct Sample {
   RealOf<T> first, own;
 
   PYOPS_DEVICE Sample(const T* x, int columns)
-      : first(dev::widen(x[0])), own(dev::widen(x[int64_t(columns) * dev::lane() / 32])) {}
+      : first(dev::widen(x[0])), own(dev::widen(x[int64_t(columns) * (dev::lane() / 4) / 8])) {}
 
-  // The mean of the 32, the same for all lanes; exact where all elements are equal.
+  // The mean of the 8, the same for all lanes; exact where all elements are equal.
   PYOPS_DEVICE RealOf<T> mean() const {
     const RealOf<T> value = first + warp_sum(own - first) / RealOf<T>(32);
     return value - value == 0 ? value : RealOf<T>(0);
