@@ -100,9 +100,9 @@ def markdown(sheet: dict) -> str:
     header += ["best peer", "times faster", "error", "peer's"]
     lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in sheet["rows"]:
-        peers = {name: peer for name, peer in row["peers"].items() if peer.get("ms")}
+        peers = {name: peer for name, peer in row["peers"].items() if not name.startswith("pyops")}
         best = min(peers, key=lambda name: peers[name]["ms"], default="")
-        errors = [peer["err"] for peer in peers.values() if peer.get("err") is not None]
+        errors = [peer["err"] for peer in peers.values() if peer["err"] is not None]
         speed = f"{peers[best]['ms'] / row['ms_median']:.2f}" if best else ""
         graph = " (graph)" if row["graph"] else ""
         shape = "x".join(map(str, row["shape"]))
@@ -240,6 +240,10 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=f"{home}/bin:{home}/compute-sanitizer")
 
 
+Run = Callable[[int, object], object]  # call number, what was prepared for it
+Prepare = Callable[[int], object]
+
+
 class Gpu:
     """The device of a real run."""
 
@@ -253,30 +257,36 @@ class Gpu:
         self.cache = getattr(properties, "L2_cache_size", 50 << 20)
         self.scale = 1  # of probe sizes
 
-    def times(self, run: Callable[[int], object], repeats: int) -> list[float]:
-        """Seconds of each call, by events; ``run(i)`` is call number i."""
+    def times(self, run: Run, repeats: int, prepare: Prepare = lambda _: None) -> list[float]:
+        """Seconds of each call ``run(i, prepare(i))``, by events; preparations lie between them."""
         torch = self.torch
         for i in range(3):
-            run(i)
+            run(i, prepare(i))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         torch.cuda.synchronize()
         for i, (begin, end) in enumerate(events):
+            argument = prepare(i)
             begin.record()
-            run(i)
+            run(i, argument)
             end.record()
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) * 1e-3 for begin, end in events]
 
-    def graph_times(self, run: Callable[[int], object], repeats: int) -> list[float]:
+    def graph_times(self, run: Run, repeats: int) -> list[float]:
         """Seconds of a call as one of ten in a CUDA graph."""
         torch = self.torch
-        run(0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # capture wants a warm-up off the default stream
+            for i in range(3):
+                run(i, None)
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(10):
-                run(i)
-        return [seconds / 10 for seconds in self.times(lambda _: graph.replay(), repeats)]
+                run(i, None)
+        return [seconds / 10 for seconds in self.times(lambda *_: graph.replay(), repeats)]
 
 
 class Emulated:
@@ -291,11 +301,12 @@ class Emulated:
         self.cache = 1 << 16
         self.scale = 1024
 
-    def times(self, run: Callable[[int], object], repeats: int) -> list[float]:
+    def times(self, run: Run, repeats: int, prepare: Prepare = lambda _: None) -> list[float]:
         found = []
         for i in range(min(repeats, 3)):
+            argument = prepare(i)
             start = time.perf_counter()
-            run(i)
+            run(i, argument)
             found.append(time.perf_counter() - start)
         return found
 
@@ -353,6 +364,7 @@ def cmake_options(architecture: str) -> list[str]:
         f"-DPYOPS_TORCH_DIR={torch}", f"-DPYOPS_OUTPUT_DIR={BUILD / 'lib'}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPYOPS_NATIVE_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}", f"-Dpybind11_DIR={pybind11}",
         "-DPYOPS_CUDA=ON", "-DPYOPS_EMULATION=ON", f"-DPYOPS_CUDA_ARCHS={architecture}",
+        f"-DCMAKE_CUDA_COMPILER={find_program('nvcc') or 'nvcc'}",
     ]  # fmt: skip
 
 
@@ -407,7 +419,7 @@ def phase_ceilings(findings: Findings, dry: bool, seconds: float) -> None:
     device = Emulated() if dry else Gpu()
     torch, scale, ceilings = device.torch, device.scale, {}
 
-    def best(run: Callable[[int], object]) -> float:
+    def best(run: Run) -> float:
         return min(device.times(run, 10))
 
     ceilings["copy_bytes_per_s"], ceilings["read_bytes_per_s"] = copy_and_read(device, (1 << 28) // scale, best)
@@ -417,10 +429,10 @@ def phase_ceilings(findings: Findings, dry: bool, seconds: float) -> None:
         name = str(dtype).removeprefix("torch.")
         ceilings[f"mm_{name}_flop_per_s"] = product_rate(device, n, dtype, best)
     a, b = (torch.randint(-128, 128, (size, size), device=device.device, dtype=torch.int8) for _ in range(2))
-    ceilings["mm_int8_op_per_s"] = 2 * size**3 / best(lambda _: torch._int_mm(a, b.t()))
+    ceilings["mm_int8_op_per_s"] = 2 * size**3 / best(lambda *_: torch._int_mm(a, b.t()))
     one = torch.zeros(1, device=device.device)
-    ceilings["launch_s"] = statistics.median(device.times(lambda _: one.add_(1), 50))
-    ceilings["graph_launch_s"] = statistics.median(device.graph_times(lambda _: one.add_(1), 50))
+    ceilings["launch_s"] = statistics.median(device.times(lambda *_: one.add_(1), 50))
+    ceilings["graph_launch_s"] = statistics.median(device.graph_times(lambda *_: one.add_(1), 50))
     findings.add(ceilings=ceilings)
 
 
@@ -428,13 +440,13 @@ def copy_and_read(device, floats: int, best: Callable) -> tuple[float, float]:
     """Bytes per second, read and written or read."""
     source = device.torch.randn(floats, device=device.device)
     target = device.torch.empty_like(source)
-    copy = 2 * source.nbytes / best(lambda _: target.copy_(source))
-    return copy, source.nbytes / best(lambda _: source.view(-1, 1024).amax(1))
+    copy = 2 * source.nbytes / best(lambda *_: target.copy_(source))
+    return copy, source.nbytes / best(lambda *_: source.view(-1, 1024).amax(1))
 
 
 def product_rate(device, n: int, dtype, best: Callable) -> float:
     a, b = (device.torch.randn(n, n, device=device.device).to(dtype) for _ in range(2))
-    return 2 * n**3 / best(lambda _: a @ b)
+    return 2 * n**3 / best(lambda *_: a @ b)
 
 
 def run_pytest(arguments: list[str], dry: bool, environment: dict[str, str] | None = None) -> dict:
@@ -492,10 +504,14 @@ def run_each_once(dry: bool) -> None:
     """Every op and pass once on a small shape; what the sanitizer and the profiler watch."""
     from pyops._bench import harness
 
+    import pyops
+
     device = Emulated() if dry else Gpu()
-    for case in harness.device_cases(tiny=True):
-        timed = case.build(case, device.device, 0).target
-        timed.run(timed.prepare())
+    for backend in ("cuda",) if dry else ("cuda", "triton"):
+        with pyops.use_backend(backend):
+            for case in harness.device_cases(tiny=True):
+                timed = case.build(case, device.device, 0).target
+                timed.run(timed.prepare())
     if not dry:
         device.torch.cuda.synchronize()
 
@@ -569,7 +585,7 @@ def phase_bench(findings: Findings, dry: bool, seconds: float) -> None:
 def measured_ceilings(device) -> tuple[float, float]:
     """Copy bandwidth and bfloat16 matrix product, taken again beside the rows: clocks move."""
 
-    def middle(run: Callable[[int], object]) -> float:
+    def middle(run: Run) -> float:
         return statistics.median(device.times(run, 10))
 
     copy, _ = copy_and_read(device, (1 << 27) // device.scale, middle)
@@ -588,6 +604,8 @@ def ledger_estimates(device) -> dict[str, float]:
 
 def measure(case, device, ceilings: tuple[float, float], estimates: dict[str, float]) -> dict:
     """A row: the op and its rivals on the same rotating inputs, after their results were found right."""
+    import pyops
+
     copies = max(1, min(16, math.ceil(COPIES * device.cache / max(1, case.bytes))))
     sets = [case.build(case, device.device, seed) for seed in range(copies)]
     first = sets[0]
@@ -601,7 +619,12 @@ def measure(case, device, ceilings: tuple[float, float], estimates: dict[str, fl
             "ms": time_calls(contenders, device)[0]["ms_median"],
             "err": relative_error(result, exact) if name in first.comparable else None,
         }
-    allowed = TOLERANCE * max([peer["err"] for peer in peers.values() if peer["err"] is not None] or [0.0])
+    if device.device.type == "cuda":
+        with pyops.use_backend("triton"):
+            ours = first.target.run(first.target.prepare())
+            times, _ = time_calls([one.target for one in sets], device)
+        peers["pyops, Triton"] = {"ms": times["ms_median"], "err": relative_error(ours, exact)}
+    allowed = TOLERANCE * max([peers[name]["err"] for name in first.comparable if name in peers] or [0.0])
     if not error <= max(allowed, 1e-5):
         raise RuntimeError(f"wrong result: error {error:.3g}, allowed {allowed:.3g}")
     times, graph = time_calls([one.target for one in sets], device)
@@ -619,19 +642,19 @@ def measure(case, device, ceilings: tuple[float, float], estimates: dict[str, fl
 
 
 def time_calls(contenders: list, device) -> tuple[dict[str, float], bool]:
-    """Quantiles over calls that rotate among input sets; what a call needs is prepared before the clock starts."""
-    waiting = [contenders[i % len(contenders)].prepare() for i in range(REPEATS + 3)]
-    calls = iter(range(len(waiting)))
+    """Quantiles over calls that rotate among input sets, and whether they are those of a CUDA graph."""
 
-    def run(_: int) -> object:
-        i = next(calls)
-        return contenders[i % len(contenders)].run(waiting[i])
+    def prepare(i: int) -> object:
+        return contenders[i % len(contenders)].prepare()
 
-    taken = device.times(run, REPEATS)
-    if statistics.median(taken) >= GRAPH_BELOW or any(argument is not None for argument in waiting):
+    def run(i: int, argument: object) -> object:
+        return contenders[i % len(contenders)].run(argument)
+
+    taken = device.times(run, REPEATS, prepare)
+    if statistics.median(taken) >= GRAPH_BELOW or prepare(0) is not None:
         return quantiles(taken), False
     try:
-        taken = device.graph_times(lambda i: contenders[i % len(contenders)].run(None), REPEATS)
+        taken = device.graph_times(run, REPEATS)
     except Exception as error:  # not everything can be captured
         print(f"no graph: {error!r}", flush=True)
         return quantiles(taken), False

@@ -21,7 +21,7 @@ CASES = [case for case in harness.all_cases() if case.gate or not QUICK]
 
 @pytest.fixture(scope="module")
 def run(request):
-    """Collects (row, verdict) of every case; keeps the rows and says what the floors made of them."""
+    """Collects (row, verdict) of every case and says what the floors made of them."""
 
     def say(text: str) -> None:
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -33,8 +33,8 @@ def run(request):
     taken: list[tuple[dict, harness.Verdict]] = []
     yield taken
     path = harness.results_file(QUICK)
-    probes = [] if QUICK else harness.probe_rows(sorted({case.threads for case in CASES}))
-    harness.store(probes + [row for row, _ in taken], path)
+    if not QUICK:
+        harness.store(harness.probe_rows(sorted({case.threads for case in CASES})), path)
     by_state = {state: [v.text for _, v in taken if v.state == state] for state in ("pass", "inform", "fail")}
     below = [text for text in by_state["inform"] + by_state["fail"] if "BELOW" in text]
     counts = ", ".join(f"{len(texts)} {state}" for state, texts in by_state.items())
@@ -61,6 +61,7 @@ def test_benchmark(case, benchmark, run):
         row = harness.measure(case, drive=drive)
         verdict = harness.measure_gated(case, FLOORS)[1] if case.gate else harness.judge(case, row, FLOORS)
     run.append((row, verdict))
+    harness.store([row], harness.results_file(QUICK))  # at once: a full run takes the better part of an hour
     benchmark.extra_info["speedup"] = {name: entry["ratio"] for name, entry in row["references"].items()}
     benchmark.extra_info["fraction"] = row["fraction"]
     assert verdict.state != "fail", f"three times in a row, the last: {verdict.text}"

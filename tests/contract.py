@@ -240,8 +240,17 @@ def running_on(backend: str) -> Iterator[None]:
             yield
 
 
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """On a device in the same layout; ``Tensor.to`` makes most views contiguous."""
+    negative = tensor.is_neg()
+    plain = torch._neg_view(tensor) if negative else tensor
+    whole = torch.empty(0, dtype=tensor.dtype).set_(plain.untyped_storage()).to(device, copy=True)
+    there = whole.as_strided(plain.shape, plain.stride(), plain.storage_offset())
+    return torch._neg_view(there) if negative else there
+
+
 def on_device(call: Call, backend: str) -> Call:
-    return call.map(Tensor.cuda) if backend in ON_GPU else call
+    return call.map(lambda tensor: moved(tensor, "cuda")) if backend in ON_GPU else call
 
 
 def is_slow(backend: str) -> bool:
@@ -545,6 +554,16 @@ def error_of(call: Callable[[], object]) -> tuple[type[Exception], str]:
     except Exception as error:
         return type(error), str(error)
     raise AssertionError(f"no error, but {result!r}")
+
+
+def test_moving_to_a_device_keeps_the_layout():
+    values = torch.arange(24.0).reshape(4, 6)
+    for name, view in layouts(values):
+        there = moved(view, "cpu")
+        assert torch.equal(there, view), name
+        kept = (there.stride(), there.storage_offset(), there.is_neg())
+        assert kept == (view.stride(), view.storage_offset(), view.is_neg()), name
+        assert there.untyped_storage().data_ptr() != view.untyped_storage().data_ptr(), name
 
 
 # ---- nothing is left out -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ the compiler's numbers the occupancy and a lower bound of the time. See cuda_led
 
 Benchmark shapes are too large to emulate whole: of every grid ``SAMPLED`` blocks run, evenly spaced, and the counters
 are scaled to the grid. Blocks of one launch do the same work up to the alignment of their rows, so that twice as many
-give the same counters within a percent (test_ledger.py). Buffers are aligned to 64 bytes, a multiple of a sector.
+give the same counters within a few percent (test_ledger.py). Buffers are aligned to 64 bytes, a multiple of a sector.
 """
 
 from __future__ import annotations

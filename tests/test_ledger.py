@@ -76,12 +76,12 @@ def test_traffic_ledger_holds(traffic):
 
 @pytest.mark.emu
 def test_sampled_blocks_stand_for_the_grid(traffic):
-    """Three times as many blocks give the same counters for the whole grid."""
+    """Three times as many blocks give the same counters for the whole grid; blocks with a target are few."""
     more = ledger_traffic.take(3 * ledger_traffic.SAMPLED)
     for name, case in traffic.items():
         for few, many in zip(case["launches"], more[name]["launches"], strict=True):
             for counter in ledger_traffic.KEPT:
-                assert math.isclose(few.get(counter, 0), many.get(counter, 0), rel_tol=0.02), (name, few, many)
+                assert math.isclose(few.get(counter, 0), many.get(counter, 0), rel_tol=0.03), (name, few, many)
 
 
 @pytest.mark.emu

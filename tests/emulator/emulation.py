@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -213,14 +213,18 @@ class Session:
     def inout(self, name: str, values: numpy.ndarray) -> Buffer:
         return self._add(self.library.buffer(name, numpy.asarray(values), True))
 
-    def run(self, launcher: str, *arguments) -> int:
-        """Calls an extern "C" launcher; buffers are passed by address, int and bool as they are."""
+    def bound(self, launcher: str, *arguments) -> Callable[[], int]:
+        """An extern "C" launcher with its arguments: buffers are passed by address, int and bool as they are."""
         kinds = {bool: ctypes.c_bool, int: ctypes.c_int, float: ctypes.c_double}
         converted = [
             ctypes.c_void_p(a.address) if isinstance(a, Buffer) else kinds[type(a)](a) if type(a) in kinds else a
             for a in arguments
         ]
-        result = getattr(self.library, launcher)(*converted)
+        return functools.partial(getattr(self.library, launcher), *converted)
+
+    def run(self, launcher: str, *arguments) -> int:
+        """Calls a launcher and sees that no buffer was damaged."""
+        result = self.bound(launcher, *arguments)()
         for buffer in self.buffers:
             damage = buffer.damage()
             if damage and not self.library.check:
