@@ -271,49 +271,70 @@ struct MmaOperands {
   const uint32_t *a, *b;
 };
 
+// These see registers only, so the checker need not watch them: its calls took four fifths of their time.
+#define PYOPS_UNCHECKED __attribute__((no_sanitize("thread")))
+
+// Four of the eight columns of D at a time, which any processor has in a register. Per element: products in order of k
+// from 0, then C.
+typedef float Columns __attribute__((vector_size(16)));
+typedef uint32_t IntegerColumns __attribute__((vector_size(16)));
+
+template <class Operand, class Sums, int kDepth, class D>
+PYOPS_UNCHECKED inline void multiply_fragments(const Operand (&a)[16][kDepth], const Operand (&b)[kDepth][8],
+                                               void* const operands[32]) {
+  Operand sums[16][8];
+  for (int half = 0; half < 8; half += 4) {
+    Sums columns[kDepth];
+    for (int k = 0; k < kDepth; ++k) memcpy(&columns[k], &b[k][half], 16);
+    for (int row = 0; row < 16; ++row) {
+      Sums sum = {};
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * columns[k];
+      memcpy(&sums[row][half], &sum, 16);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    D* d = static_cast<D*>(static_cast<const MmaOperands*>(operands[lane])->d);
+    for (int e = 0; e < 4; ++e) d[e] += sums[(lane >> 2) + 8 * (e >> 1)][2 * (lane & 3) + (e & 1)];
+  }
+}
+
+PYOPS_UNCHECKED inline float widened(uint32_t bits, bfloat16) {
+  bits <<= 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+PYOPS_UNCHECKED inline float widened(uint32_t bits, float16) { return pyops::widen(float16{uint16_t(bits)}); }
+
 template <class T>
-inline void emulate_m16n8k16(void* const operands[32], unsigned) {
+PYOPS_UNCHECKED inline void emulate_m16n8k16(void* const operands[32], unsigned) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* mine = static_cast<const MmaOperands*>(operands[lane]);
     const int g = lane >> 2, t = lane & 3;
     for (int h = 0; h < 2; ++h) {
       for (int r = 0; r < 4; ++r) {
-        a[g + 8 * (r & 1)][2 * t + h + 8 * (r >> 1)] = pyops::widen(T{uint16_t(mine->a[r] >> 16 * h)});
+        a[g + 8 * (r & 1)][2 * t + h + 8 * (r >> 1)] = widened(mine->a[r] >> 16 * h & 0xffff, T{});
       }
-      for (int r = 0; r < 2; ++r) b[2 * t + h + 8 * r][g] = pyops::widen(T{uint16_t(mine->b[r] >> 16 * h)});
+      for (int r = 0; r < 2; ++r) b[2 * t + h + 8 * r][g] = widened(mine->b[r] >> 16 * h & 0xffff, T{});
     }
   }
-  for (int lane = 0; lane < 32; ++lane) {
-    float* d = static_cast<float*>(static_cast<const MmaOperands*>(operands[lane])->d);
-    for (int e = 0; e < 4; ++e) {
-      const int row = (lane >> 2) + 8 * (e >> 1), n = 2 * (lane & 3) + (e & 1);
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][n];
-      d[e] += sum;
-    }
-  }
+  multiply_fragments<float, Columns, 16, float>(a, b, operands);
 }
 
-inline void emulate_m16n8k32(void* const operands[32], unsigned) {
-  int8_t a[16][32], b[32][8];
+PYOPS_UNCHECKED inline void emulate_m16n8k32(void* const operands[32], unsigned) {
+  uint32_t a[16][32], b[32][8];  // sign-extended; sums wrap
   for (int lane = 0; lane < 32; ++lane) {
     const auto* mine = static_cast<const MmaOperands*>(operands[lane]);
     const int g = lane >> 2, t = lane & 3;
     for (int h = 0; h < 4; ++h) {
-      for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][4 * t + h + 16 * (r >> 1)] = int8_t(mine->a[r] >> 8 * h);
-      for (int r = 0; r < 2; ++r) b[4 * t + h + 16 * r][g] = int8_t(mine->b[r] >> 8 * h);
+      for (int r = 0; r < 4; ++r) {
+        a[g + 8 * (r & 1)][4 * t + h + 16 * (r >> 1)] = uint32_t(int8_t(mine->a[r] >> 8 * h));
+      }
+      for (int r = 0; r < 2; ++r) b[4 * t + h + 16 * r][g] = uint32_t(int8_t(mine->b[r] >> 8 * h));
     }
   }
-  for (int lane = 0; lane < 32; ++lane) {
-    int* d = static_cast<int*>(static_cast<const MmaOperands*>(operands[lane])->d);
-    for (int e = 0; e < 4; ++e) {
-      const int row = (lane >> 2) + 8 * (e >> 1), n = 2 * (lane & 3) + (e & 1);
-      uint32_t sum = uint32_t(d[e]);
-      for (int k = 0; k < 32; ++k) sum += uint32_t(int(a[row][k]) * int(b[k][n]));
-      d[e] = int(sum);
-    }
-  }
+  multiply_fragments<uint32_t, IntegerColumns, 32, uint32_t>(a, b, operands);
 }
 
 struct MatrixRow {
@@ -323,8 +344,8 @@ struct MatrixRow {
   bool transposed;
 };
 
-inline void emulate_ldmatrix(void* const operands[32], unsigned) {
-  const auto row_of = [&](int lane) { return static_cast<const MatrixRow*>(operands[lane])->row; };
+PYOPS_UNCHECKED inline void emulate_ldmatrix(void* const operands[32], unsigned) {
+  const auto row_of = [&](int lane) PYOPS_UNCHECKED { return static_cast<const MatrixRow*>(operands[lane])->row; };
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MatrixRow*>(operands[lane]);
     const int g = lane >> 2, t = lane & 3;

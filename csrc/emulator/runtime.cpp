@@ -136,6 +136,10 @@ void collect_fibers(Worker& w) {
   }
 }
 
+// Mostly one and the same string; the same text from another place is the same, too.
+bool same_text(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+bool same_place(Line a, Line b) { return a.number == b.number && same_text(a.file, b.file); }
+
 // ---- choosing what runs next ----------------------------------------------------------------------------
 
 // In thread order, or with a seed at random among those that can run.
@@ -186,9 +190,7 @@ void report_deadlock(Worker& w) {
   for (const Block* block : w.blocks) {
     for (const Thread& thread : block->threads) {
       if (thread.state != State::waiting) continue;
-      const auto same = [&](const Place& p) {
-        return p.line.number == thread.line.number && strcmp(p.line.file, thread.line.file) == 0;
-      };
+      const auto same = [&](const Place& p) { return same_place(p.line, thread.line); };
       const auto found = std::find_if(places.begin(), places.end(), same);
       if (found == places.end()) {
         places.push_back({thread.waits_for, thread.line, 1});
@@ -588,8 +590,7 @@ void collective(const char* operation, unsigned mask, void* operands, Compute co
   Meeting* meeting = nullptr;
   for (Meeting& open : warp.open) {
     if ((open.mask & mask) == 0) continue;
-    const bool same = open.mask == mask && strcmp(open.operation, operation) == 0 && open.line.number == line.number &&
-                      strcmp(open.line.file, line.file) == 0;
+    const bool same = open.mask == mask && same_text(open.operation, operation) && same_place(open.line, line);
     if (!same || (open.arrived & mine)) {
       fatal("divergent collective",
             text_of(me) + here() + ", other lanes of its warp in " + open.operation + " at " + text_of(open.line));
@@ -626,7 +627,7 @@ int barrier_reduce(int id, int predicate, int operation, Line line) {
   Thread& me = *worker->current;
   Block& block = *me.block;
   Barrier& barrier = block.barriers[id];
-  if (!barrier.waiting.empty() && (barrier.line.number != line.number || strcmp(barrier.line.file, line.file) != 0)) {
+  if (!barrier.waiting.empty() && !same_place(barrier.line, line)) {
     fatal("divergent barrier",
           text_of(me) + " is at " + text_of(line) + ", others of its block at " + text_of(barrier.line));
   }
