@@ -4,10 +4,11 @@
     python bench/gpu_sheet.py --out DIR --dry-run        every phase on the CPU, the emulator as device
 
 Writes DIR/<gpu>.json, DIR/<gpu>.md and DIR/logs.tar.gz, and rewrites them after every phase, so that a killed run
-leaves what it had. Every phase is a process of its own with a share of the budget as its time limit; what it finds it
-appends to a file line by line, so that a phase that was killed counts up to there. Needs no network and nothing
-installed: torch, triton, numpy, pytest, cmake, ninja, pybind11, nvcc and g++ must be there; ncu and compute-sanitizer
-are used if they are. Settings of the GPU are read, never changed.
+leaves what it had. Every phase is a process of its own with a share of the budget as its time limit, and what earlier
+ones left; what it finds it appends to a file line by line, so that a phase that was killed counts up to there. Needs no
+network and nothing installed: torch, triton, numpy, pytest, cmake, ninja, pybind11, nvcc and g++ must be there; ncu and
+compute-sanitizer are used if they are. Settings of the GPU are read, never changed. Where the tree has no .git, give
+--commit.
 
 The cases are those of ``harness.device_cases()``: the ledger counts the same ones in emulation.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -39,20 +41,27 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu_sheet"
 SITE = BUILD / "site"
 BUDGET = 540
-# Phase: its share of 540 seconds.
+# Phase: its share of 540 seconds; the most valuable first.
 PHASES = {
-    "env": 10, "build": 150, "ceilings": 30, "probes": 20, "tests": 120, "sanitizer": 65, "bench": 120, "counters": 20,
+    "env": 30, "build": 100, "ceilings": 25, "probes": 45, "bench": 130, "tests": 110, "triton": 40, "counters": 25,
+    "sanitizer": 35,
 }  # fmt: skip
-LISTS = ("rows", "sanitizer", "counters", "not_run")  # of what phases report; anything else is set
+LISTS = (
+    "sanitizer",
+    "counters",
+    "not_run",
+)  # what phases report is added to these and to rows; dictionaries are merged
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 COPIES = 4  # of the L2 cache: inputs rotate over that many bytes
-GRAPH_BELOW = 20e-6  # seconds: shorter calls are also timed as a CUDA graph, where the launch costs less
 REPEATS = 20
+HOST_TIMED = 1 << 27  # bytes: of smaller calls the cost to the CPU is measured, too
+BUSY_CYCLES = 2_000_000  # about a millisecond, in which the host gets ahead of the GPU
 TOLERANCE = 4  # the error of the op over that of the best comparable rival
 ROW_KEYS = (
-    "op", "dir", "dtype", "shape", "ms_median", "ms_p10", "ms_p90", "graph", "bytes", "flops", "gbps", "tflops",
+    "op", "dir", "dtype", "shape", "ms_median", "ms_p10", "ms_p90", "host_us", "bytes", "flops", "gbps", "tflops",
     "frac_of_copy", "frac_of_mm", "est_ms", "peers", "err", "backend", "commit",
 )  # fmt: skip
+IDENTITY = ("op", "dir", "dtype", "shape", "backend")  # of a row: a later one replaces it
 SHEET_KEYS = (
     "gpu", "date", "commit", "dirty", "versions", "state", "build", "ceilings", "probes", "tests", "sanitizer", "rows",
     "counters", "not_run", "phases",
@@ -63,7 +72,7 @@ SHEET_KEYS = (
 
 
 def empty_sheet(commit: str) -> dict:
-    sheet = {key: {} for key in SHEET_KEYS} | {key: [] for key in LISTS}
+    sheet = {key: {} for key in SHEET_KEYS} | {key: [] for key in (*LISTS, "rows")}
     return sheet | {"gpu": "unknown", "date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": commit}
 
 
@@ -95,21 +104,28 @@ def markdown(sheet: dict) -> str:
     lines += ["", "## Checks", ""]
     lines += [f"- {name}: {sheet[name] or 'not run'}" for name in ("probes", "tests")]
     lines += [f"- {one['tool']}: {one['result']}" for one in sheet["sanitizer"]] or ["- sanitizer: not run"]
-    lines += ["", "## Rows", "", "Error is the largest one over the largest value, against float64.", ""]
-    header = ["op", "pass", "shape", "dtype", "ms (p10, p90)", "of copy", "of matrix product", "estimate ms"]
+    lines += [
+        "",
+        "## Rows",
+        "",
+        "Error is the largest one over the largest value, against float64. Times are of the GPU",
+    ]
+    lines += ["alone; host is what a call costs the CPU.", ""]
+    header = ["op", "pass", "shape", "dtype", "backend", "ms (p10, p90)", "host us"]
+    header += ["of copy", "of matrix product", "estimate ms"]
     header += ["best peer", "times faster", "error", "peer's"]
     lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in sheet["rows"]:
-        peers = {name: peer for name, peer in row["peers"].items() if not name.startswith("pyops")}
+        peers = row["peers"]
         best = min(peers, key=lambda name: peers[name]["ms"], default="")
         errors = [peer["err"] for peer in peers.values() if peer["err"] is not None]
         speed = f"{peers[best]['ms'] / row['ms_median']:.2f}" if best else ""
-        graph = " (graph)" if row["graph"] else ""
         shape = "x".join(map(str, row["shape"]))
-        times = f"{row['ms_median']:.4g} ({row['ms_p10']:.4g}, {row['ms_p90']:.4g}){graph}"
+        times = f"{row['ms_median']:.4g} ({row['ms_p10']:.4g}, {row['ms_p90']:.4g})"
         rates = [_number(row[key]) for key in ("frac_of_copy", "frac_of_mm", "est_ms")]
         compared = [best, speed, _number(row["err"]), _number(min(errors, default=None))]
-        cells = [row["op"], row["dir"], shape, row["dtype"], times, *rates, *compared]
+        cells = [row["op"], row["dir"], shape, row["dtype"], row["backend"], times, _number(row["host_us"])]
+        cells += [*rates, *compared]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## Counters", ""]
     lines += [f"- {one}" for one in sheet["counters"]] or ["none"]
@@ -148,8 +164,13 @@ def merge(sheet: dict, findings: Path) -> None:
         except ValueError:
             continue
         for key, value in found.items():
-            if key in LISTS:
+            if key == "rows":
+                identity = [value[part] for part in IDENTITY]
+                sheet["rows"] = [row for row in sheet["rows"] if [row[part] for part in IDENTITY] != identity]
+            if key in LISTS or key == "rows":
                 sheet[key].append(value)
+            elif isinstance(value, dict) and isinstance(sheet.get(key), dict):
+                sheet[key] |= value
             else:
                 sheet[key] = value
 
@@ -173,7 +194,10 @@ def run_limited(command: list[str], seconds: float, log: Path, environment: dict
 
 
 def environment_of(phase: str, dry: bool) -> dict[str, str]:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(SITE) if SITE.exists() and not dry else ""}
+    tools = str(Path(sys.executable).parent)  # cmake and ninja of the same environment
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PATH": tools + os.pathsep + os.environ.get("PATH", "")}
+    if not dry:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     if dry:
         environment |= {
             "PYOPS_CUDA_EMU": "check" if phase in ("sanitizer", "counters") else "1",
@@ -188,9 +212,10 @@ def drive(arguments: argparse.Namespace) -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
+        due = 0.0  # when the phase must be over
         for phase in arguments.phases:
-            share = PHASES[phase] / BUDGET * arguments.budget
-            seconds = min(share, arguments.budget - (time.monotonic() - start))
+            due += PHASES[phase] / BUDGET * arguments.budget
+            seconds = due - (time.monotonic() - start)
             if seconds < 1:
                 sheet["phases"][phase] = {"result": "not run: no time left", "seconds": 0.0}
                 sheet["not_run"].append(f"phase {phase}: no time left")
@@ -236,8 +261,10 @@ def output_of(*command: str) -> str:
 
 
 def find_program(name: str) -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin:{home}/compute-sanitizer")
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *sorted(map(str, Path("/usr/local").glob("cuda-*")))]
+    folders = [f"{home}/{part}" for home in homes for part in ("bin", "compute-sanitizer")]
+    folders += map(str, Path("/opt/nvidia/nsight-compute").glob("*"))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 Run = Callable[[int, object], object]  # call number, what was prepared for it
@@ -258,7 +285,8 @@ class Gpu:
         self.scale = 1  # of probe sizes
 
     def times(self, run: Run, repeats: int, prepare: Prepare = lambda _: None) -> list[float]:
-        """Seconds of each call ``run(i, prepare(i))``, by events; preparations lie between them."""
+        """Seconds of each call ``run(i, prepare(i))`` on the GPU, by events. Preparations lie between them, and before
+        each call the GPU is kept busy until all of it has been launched: otherwise short calls measure the host."""
         torch = self.torch
         for i in range(3):
             run(i, prepare(i))
@@ -266,27 +294,15 @@ class Gpu:
         torch.cuda.synchronize()
         for i, (begin, end) in enumerate(events):
             argument = prepare(i)
+            torch.cuda._sleep(BUSY_CYCLES)
             begin.record()
             run(i, argument)
             end.record()
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) * 1e-3 for begin, end in events]
 
-    def graph_times(self, run: Run, repeats: int) -> list[float]:
-        """Seconds of a call as one of ten in a CUDA graph."""
-        torch = self.torch
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # capture wants a warm-up off the default stream
-            for i in range(3):
-                run(i, None)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(10):
-                run(i, None)
-        return [seconds / 10 for seconds in self.times(lambda *_: graph.replay(), repeats)]
+    def synchronize(self) -> None:
+        self.torch.cuda.synchronize()
 
 
 class Emulated:
@@ -310,7 +326,8 @@ class Emulated:
             found.append(time.perf_counter() - start)
         return found
 
-    graph_times = times
+    def synchronize(self) -> None:
+        pass
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -330,42 +347,59 @@ def phase_env(findings: Findings, dry: bool, seconds: float) -> None:
     import numpy
     import torch
 
+    git = ("git", "-C", str(ROOT))
+    head = output_of(*git, "rev-parse", "--short=12", "HEAD")
+    if head:
+        findings.add(commit=head, dirty=bool(output_of(*git, "status", "--porcelain", "--untracked-files=no")))
     nvcc = find_program("nvcc")
     release = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version") if nvcc else "")
-    query = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    state = {} if dry else output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(", ")
     try:
         import triton
 
         triton_version = triton.__version__
     except ImportError:
         triton_version = "missing"
+    query = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    state = [] if dry else output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(", ")
+    state = dict(zip(query.split(","), state, strict=True)) if len(state) == 6 else {}
     findings.add(
-        gpu="emulated" if dry else torch.cuda.get_device_name(0),
         versions={
             "python": sys.version.split()[0], "torch": torch.__version__, "triton": triton_version,
             "numpy": numpy.__version__, "nvcc": release[1] if release else "missing",
-            "driver": state[1] if len(state) > 1 else "none",
+            "driver": state.get("driver_version", "none"),
         },
-        state=dict(zip(query.split(","), state, strict=True)) if len(state) == 6 else {},
+        state=state,
     )  # fmt: skip
-    git = ("git", "-C", str(ROOT))
-    head = output_of(*git, "rev-parse", "--short=12", "HEAD")
-    if head:
-        findings.add(commit=head, dirty=bool(output_of(*git, "status", "--porcelain", "--untracked-files=no")))
+    findings.add(gpu="emulated" if dry else torch.cuda.get_device_name(0))
 
 
-def cmake_options(architecture: str) -> list[str]:
+def cmake_options(**switches: str) -> list[str]:
     import importlib.util
 
     torch = Path(importlib.util.find_spec("torch").origin).parent
     pybind11 = output_of(sys.executable, "-m", "pybind11", "--cmakedir")
-    return [
-        f"-DPYOPS_TORCH_DIR={torch}", f"-DPYOPS_OUTPUT_DIR={BUILD / 'lib'}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DPYOPS_NATIVE_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}", f"-Dpybind11_DIR={pybind11}",
-        "-DPYOPS_CUDA=ON", "-DPYOPS_EMULATION=ON", f"-DPYOPS_CUDA_ARCHS={architecture}",
-        f"-DCMAKE_CUDA_COMPILER={find_program('nvcc') or 'nvcc'}",
-    ]  # fmt: skip
+    options = {
+        "PYOPS_TORCH_DIR": torch, "PYOPS_OUTPUT_DIR": BUILD / "lib", "Python_EXECUTABLE": sys.executable,
+        "PYOPS_NATIVE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"), "pybind11_DIR": pybind11, **switches,
+    }  # fmt: skip
+    return [f"-D{name}={value}" for name, value in options.items()]
+
+
+def make_libraries(seconds: float, *targets: str, **switches: str) -> bool:
+    """Configures and builds; whether that went well in time."""
+    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *cmake_options(**switches)]
+    build = ["cmake", "--build", str(BUILD), "-j", str(os.cpu_count()), *targets]
+    end = time.monotonic() + seconds
+    for command in (configure, build):
+        with subprocess.Popen(command, start_new_session=True) as process:
+            try:
+                code = process.wait(max(1.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return False
+        if code:
+            return False
+    return True
 
 
 def lay_out_site(libraries: list[Path]) -> None:
@@ -393,16 +427,16 @@ def phase_build(findings: Findings, dry: bool, seconds: float) -> None:
 
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
-    cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
-    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *cmake_options(architecture)]
-    build = [cmake, "--build", str(BUILD), "-j", str(os.cpu_count())]
-    result = "built"
-    libraries = BUILD / "lib"
-    if subprocess.run(configure).returncode or subprocess.run(build, timeout=seconds - 20).returncode:
-        subprocess.run([*build, "--target", "_native"], check=True)
-        result = "prebuilt"
-    found = {path.name: path for path in (ROOT / "pyops").glob("_*.so")} if result == "prebuilt" else {}
-    found |= {path.name: path for path in libraries.glob("*.so")}
+    nvcc = find_program("nvcc") or "nvcc"
+    left = start + seconds - 25 - time.monotonic()  # for the other way and the first import
+    if make_libraries(left, PYOPS_CUDA="ON", PYOPS_CUDA_ARCHS=architecture, CMAKE_CUDA_COMPILER=nvcc):
+        result, found = "built", {}
+    else:
+        if not make_libraries(15, "--target", "_native", PYOPS_CUDA="OFF"):
+            raise RuntimeError("nothing builds here, not even _native")
+        result, found = "prebuilt", {path.name: path for path in (ROOT / "pyops").glob("_*.so")}
+        findings.add(not_run="build: the CUDA library did not build, the carried one is used")
+    found |= {path.name: path for path in (BUILD / "lib").glob("*.so")}
     lay_out_site(list(found.values()))
     findings.add(
         build={
@@ -417,23 +451,43 @@ def phase_build(findings: Findings, dry: bool, seconds: float) -> None:
 
 def phase_ceilings(findings: Findings, dry: bool, seconds: float) -> None:
     device = Emulated() if dry else Gpu()
-    torch, scale, ceilings = device.torch, device.scale, {}
+    torch, scale = device.torch, device.scale
+    size = 8192 if scale == 1 else 64
 
     def best(run: Run) -> float:
         return min(device.times(run, 10))
 
-    ceilings["copy_bytes_per_s"], ceilings["read_bytes_per_s"] = copy_and_read(device, (1 << 28) // scale, best)
-    ceilings["cached_copy_bytes_per_s"], _ = copy_and_read(device, max(1024, device.cache // 32), best)
-    size = 8192 if scale == 1 else 64
-    for dtype, n in ((torch.bfloat16, size), (torch.float32, size // 2)):
-        name = str(dtype).removeprefix("torch.")
-        ceilings[f"mm_{name}_flop_per_s"] = product_rate(device, n, dtype, best)
-    a, b = (torch.randint(-128, 128, (size, size), device=device.device, dtype=torch.int8) for _ in range(2))
-    ceilings["mm_int8_op_per_s"] = 2 * size**3 / best(lambda *_: torch._int_mm(a, b.t()))
+    def int8_rate() -> float:
+        a, b = (torch.randint(-128, 128, (size, size), device=device.device, dtype=torch.int8) for _ in range(2))
+        return 2 * size**3 / best(lambda *_: torch._int_mm(a, b.t()))
+
     one = torch.zeros(1, device=device.device)
-    ceilings["launch_s"] = statistics.median(device.times(lambda *_: one.add_(1), 50))
-    ceilings["graph_launch_s"] = statistics.median(device.graph_times(lambda *_: one.add_(1), 50))
-    findings.add(ceilings=ceilings)
+    cached = max(1, device.cache // 32 // 1024) * 1024
+    ceilings = {
+        "copy_bytes_per_s": lambda: copy_and_read(device, (1 << 28) // scale, best)[0],
+        "read_bytes_per_s": lambda: copy_and_read(device, (1 << 28) // scale, best)[1],
+        "cached_copy_bytes_per_s": lambda: copy_and_read(device, cached, best)[0],
+        "mm_bfloat16_flop_per_s": lambda: product_rate(device, size, torch.bfloat16, best),
+        "mm_float32_flop_per_s": lambda: product_rate(device, size // 2, torch.float32, best),
+        "mm_int8_op_per_s": int8_rate,
+        "launch_gpu_s": lambda: best(lambda *_: one.add_(1)),
+        "launch_host_s": lambda: host_seconds(lambda *_: one.add_(1), lambda _: None, device),
+    }
+    for name, measured in ceilings.items():
+        with noted(findings, f"ceiling {name}"):
+            findings.add(ceilings={name: measured()})
+
+
+def host_seconds(run: Run, prepare: Prepare, device) -> float:
+    """What a call costs the CPU: many of them without waiting for the GPU."""
+    arguments = [prepare(i) for i in range(REPEATS)]
+    device.synchronize()
+    start = time.perf_counter()
+    for i, argument in enumerate(arguments):
+        run(i, argument)
+    taken = (time.perf_counter() - start) / REPEATS
+    device.synchronize()
+    return taken
 
 
 def copy_and_read(device, floats: int, best: Callable) -> tuple[float, float]:
@@ -449,77 +503,79 @@ def product_rate(device, n: int, dtype, best: Callable) -> float:
     return 2 * n**3 / best(lambda *_: a @ b)
 
 
-def run_pytest(arguments: list[str], dry: bool, environment: dict[str, str] | None = None) -> dict:
-    """Counts of a pytest run, read from its report."""
+def run_pytest(arguments: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict:
+    """Counts of a pytest run, from its report; one that takes too long is interrupted and reports what it had."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pytest",
-            "-q",
-            "--maxfail=20",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-        ]
-        subprocess.run([*command, *arguments], cwd=ROOT, env=os.environ | (environment or {}))
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "--maxfail=50", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", *arguments]
+        result = "ended"
+        with subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {})) as process:
+            try:
+                process.wait(max(1.0, seconds - 10))
+            except subprocess.TimeoutExpired:
+                result = "interrupted: out of time"
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(8)
+                except subprocess.TimeoutExpired:
+                    process.kill()
         if not report.exists():
-            return {"passed": 0, "failed": 0, "skipped": 0, "error": "no report"}
+            return {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "result": f"{result}, no report"}
         suite = ElementTree.parse(report).getroot().find("testsuite")
     total, failed, errors, skipped = (int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped"))
     failures = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
     return {
         "passed": total - failed - errors - skipped, "failed": failed + errors, "skipped": skipped,
-        "failures": failures[:20],
+        "failures": failures[:50], "result": result,
     }  # fmt: skip
 
 
 def workers() -> list[str]:
     import importlib.util
 
-    return ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    return ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
 def phase_probes(findings: Findings, dry: bool, seconds: float) -> None:
     """Every intrinsic, its PTX on the hardware against numpy: what the emulator's version passes too."""
     chosen = "fast" if dry else "gpu"
-    findings.add(probes=run_pytest(["tests/emulator/test_intrinsics.py", "-k", chosen], dry))
+    findings.add(probes=run_pytest(["tests/emulator/test_intrinsics.py", "-k", chosen], seconds))
 
 
 def phase_tests(findings: Findings, dry: bool, seconds: float) -> None:
     """The contract on the GPU by the CUDA kernels, then, as Triton's mode is one of a process, by Triton's."""
     if dry:
         chosen = ["tests/spherical/test_cross_entropy.py", "-k", "cuda-emulated"]
-        findings.add(tests={"cuda": run_pytest(chosen, dry)})
+        findings.add(tests={"cuda": run_pytest(chosen, seconds)})
         return
-    cuda = run_pytest(["tests", "-m", "gpu and not slow", "--ignore=tests/emulator", *workers()], dry)
-    findings.add(tests={"cuda": cuda})
-    chosen = ["tests/contract.py", "tests/spherical", "-m", "gpu and not slow", "-k", "triton", *workers()]
-    findings.add(tests={"cuda": cuda, "triton": run_pytest(chosen, dry, {"TRITON_INTERPRET": "0"})})
+    end = time.monotonic() + seconds
+    chosen = ["tests/contract.py", "-m", "gpu and not slow", *workers()]
+    findings.add(tests={"cuda": run_pytest(chosen, seconds * 0.55)})
+    chosen = ["tests/spherical/test_triton_kernels.py", "tests/contract.py", "-m", "gpu and not slow"]
+    chosen += ["-k", "triton_kernels or test_accuracy or test_sizes", *workers()]
+    findings.add(tests={"triton": run_pytest(chosen, end - time.monotonic(), {"TRITON_INTERPRET": "0"})})
 
 
-def run_each_once(dry: bool) -> None:
-    """Every op and pass once on a small shape; what the sanitizer and the profiler watch."""
+def run_each_once(dry: bool, profiled: bool = False) -> None:
+    """Every op and pass once on a small shape, for the sanitizer; or, for the profiler, the first few of the ledger."""
     from pyops._bench import harness
 
-    import pyops
-
     device = Emulated() if dry else Gpu()
-    for backend in ("cuda",) if dry else ("cuda", "triton"):
-        with pyops.use_backend(backend):
-            for case in harness.device_cases(tiny=True):
-                timed = case.build(case, device.device, 0).target
-                timed.run(timed.prepare())
-    if not dry:
-        device.torch.cuda.synchronize()
+    cases = [case for case in harness.device_cases() if case.what in ("forward", "backward")][:4]
+    for case in cases if profiled else harness.device_cases(tiny=True):
+        timed = case.build(dataclasses.replace(case, compiled=False), device.device, 0).target
+        timed.run(timed.prepare())
+    device.synchronize()
+
+
+def each_once(phase: str) -> list[str]:
+    return [sys.executable, __file__, "--phase", phase, "--findings", os.devnull, "--seconds", "60"]
 
 
 def phase_sanitizer(findings: Findings, dry: bool, seconds: float) -> None:
-    script = [sys.executable, __file__, "--phase", "each-once", "--findings", os.devnull, "--seconds", "60"]
     if dry:
-        done = subprocess.run([*script, "--dry-run"], capture_output=True, text=True)
+        done = subprocess.run([*each_once("each-once"), "--dry-run"], capture_output=True, text=True)
         clean = "0 errors" if done.returncode == 0 else done.stderr[-300:]
         findings.add(sanitizer={"tool": "emulator's checker", "result": clean})
         return
@@ -527,24 +583,32 @@ def phase_sanitizer(findings: Findings, dry: bool, seconds: float) -> None:
     if not program:
         findings.add(not_run="sanitizer: no compute-sanitizer here")
         return
-    running = {
-        tool: subprocess.Popen(
-            [program, "--tool", tool, "--error-exitcode", "9", *script], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-        for tool in SANITIZERS
-    }  # fmt: skip
     end = time.monotonic() + seconds - 5
-    for tool, process in running.items():
-        try:
-            text = process.communicate(timeout=max(1, end - time.monotonic()))[0]
-        except subprocess.TimeoutExpired:
+    # Of our kernels only; torch asks its libraries for much that is not there, which is no error of ours.
+    options = ["--error-exitcode", "9", "--launch-timeout", "0", "--report-api-errors", "no", "--print-limit", "20"]
+    options += ["--kernel-regex", "kns=pyops"]
+    running = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for tool in SANITIZERS:
+            output = Path(folder) / tool
+            command = [program, "--tool", tool, *options, *each_once("each-once")]
+            environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            with output.open("w") as file:
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            running[tool] = process, output
+        for tool, (process, output) in running.items():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(1.0, end - time.monotonic()))
+            late = process.poll() is None
             process.kill()
-            findings.add(not_run=f"sanitizer {tool}: out of time")
-            continue
-        print(text[-4000:], flush=True)
-        summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: ([^\n]*)", text)
-        findings.add(sanitizer={"tool": tool, "result": summary[1] if summary else f"exit code {process.returncode}"})
+            text = output.read_text(errors="replace")
+            print(text[-4000:], flush=True)
+            if late:
+                findings.add(not_run=f"sanitizer {tool}: out of time")
+                continue
+            summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: ([^\n]*)", text)
+            result = summary[1] if summary else f"exit code {process.returncode}, no summary"
+            findings.add(sanitizer={"tool": tool, "result": result})
 
 
 @contextmanager
@@ -566,19 +630,43 @@ def relative_error(result, exact) -> float:
 
 
 def phase_bench(findings: Findings, dry: bool, seconds: float) -> None:
+    """All cases, then those with a torch.compile rival again, which replaces their rows: compiling takes seconds."""
+    end = time.monotonic() + seconds - (5 if dry else 25)
+    device = Emulated() if dry else Gpu()
+    ceilings, cases = measured_ceilings(device), sheet_cases(dry)
+    measure_all([dataclasses.replace(case, compiled=False) for case in cases], findings, device, ceilings, end)
+    measure_all([case for case in cases if case.compiled], findings, device, ceilings, end)
+
+
+def phase_triton(findings: Findings, dry: bool, seconds: float) -> None:
+    """Our Triton kernels on the same cases, without rivals. In a process of its own: asking for a backend puts Python
+    on the way of every later call."""
+    import pyops
+
+    if dry:
+        return  # interpreted Triton says nothing about time, and the tests run it
+    device = Gpu()
+    end = time.monotonic() + seconds - 10
+    with pyops.use_backend("triton"):
+        cases = [dataclasses.replace(case, compiled=False) for case in sheet_cases(dry)]
+        measure_all(cases, findings, device, measured_ceilings(device), end, rivals=False)
+
+
+def sheet_cases(dry: bool) -> list:
     from pyops._bench import harness
 
-    end = time.monotonic() + seconds - 5
-    device = Emulated() if dry else Gpu()
-    ceilings = measured_ceilings(device)
+    return harness.device_cases(tiny=dry)
+
+
+def measure_all(cases: list, findings: Findings, device, ceilings, end: float, rivals: bool = True) -> None:
     estimates = ledger_estimates(device)
-    for case in harness.device_cases(tiny=dry):
+    for case in cases:
         if time.monotonic() > end:
-            findings.add(not_run=f"bench {case.name}: no time left")
+            findings.add(not_run=f"bench {case.name}{' with torch.compile' * case.compiled}: no time left")
             continue
         with noted(findings, f"bench {case.name}"):
-            findings.add(rows=measure(case, device, ceilings, estimates))
-        if not dry:
+            findings.add(rows=measure(case, device, ceilings, estimates, rivals))
+        if device.device.type == "cuda":
             device.torch.cuda.empty_cache()
 
 
@@ -602,10 +690,8 @@ def ledger_estimates(device) -> dict[str, float]:
     return {name: case["estimate"][target]["microseconds"] * 1e-3 for name, case in traffic.items()}
 
 
-def measure(case, device, ceilings: tuple[float, float], estimates: dict[str, float]) -> dict:
+def measure(case, device, ceilings: tuple[float, float], estimates: dict[str, float], rivals: bool = True) -> dict:
     """A row: the op and its rivals on the same rotating inputs, after their results were found right."""
-    import pyops
-
     copies = max(1, min(16, math.ceil(COPIES * device.cache / max(1, case.bytes))))
     sets = [case.build(case, device.device, seed) for seed in range(copies)]
     first = sets[0]
@@ -615,50 +701,40 @@ def measure(case, device, ceilings: tuple[float, float], estimates: dict[str, fl
     for name in first.rivals:
         contenders = [one.rivals.get(name) or first.rivals[name] for one in sets]
         result = first.rivals[name].run(first.rivals[name].prepare())
-        peers[name] = {
-            "ms": time_calls(contenders, device)[0]["ms_median"],
-            "err": relative_error(result, exact) if name in first.comparable else None,
-        }
-    if device.device.type == "cuda":
-        with pyops.use_backend("triton"):
-            ours = first.target.run(first.target.prepare())
-            times, _ = time_calls([one.target for one in sets], device)
-        peers["pyops, Triton"] = {"ms": times["ms_median"], "err": relative_error(ours, exact)}
-    allowed = TOLERANCE * max([peers[name]["err"] for name in first.comparable if name in peers] or [0.0])
-    if not error <= max(allowed, 1e-5):
+        comparable = name in first.comparable
+        peers[name] = {"ms": 0.0, "err": relative_error(result, exact) if comparable else None}
+        if rivals:
+            peers[name]["ms"] = time_calls(contenders, device)["ms_median"]
+    errors = [peer["err"] for peer in peers.values() if peer["err"] is not None and math.isfinite(peer["err"])]
+    allowed = max(1e-5, TOLERANCE * max(errors, default=0.0))
+    if not error <= allowed:
         raise RuntimeError(f"wrong result: error {error:.3g}, allowed {allowed:.3g}")
-    times, graph = time_calls([one.target for one in sets], device)
+    del exact
+    contenders = [one.target for one in sets]
+    times = time_calls(contenders, device)
     seconds = times["ms_median"] * 1e-3
     copy, mm = ceilings
     return {
-        "op": case.op, "dir": case.what, "dtype": case.dtype, "shape": list(case.shape), **times, "graph": graph,
+        "op": case.op, "dir": case.what, "dtype": case.dtype, "shape": list(case.shape), **times,
+        "host_us": 1e6 * host_seconds(*rotating(contenders), device) if case.bytes < HOST_TIMED else None,
         "bytes": case.bytes, "flops": case.flops,
         "gbps": case.bytes / seconds / 1e9, "tflops": case.flops / seconds / 1e12,
         "frac_of_copy": case.bytes / seconds / copy if case.bytes else None,
         "frac_of_mm": case.flops / seconds / mm if case.flops else None,
-        "est_ms": estimates.get(case.name), "peers": peers, "err": error, "backend": first.backend,
+        "est_ms": estimates.get(case.name), "peers": peers if rivals else {}, "err": error, "backend": first.backend,
         "commit": os.environ.get("PYOPS_SHEET_COMMIT", ""),
     }  # fmt: skip
 
 
-def time_calls(contenders: list, device) -> tuple[dict[str, float], bool]:
-    """Quantiles over calls that rotate among input sets, and whether they are those of a CUDA graph."""
+def rotating(contenders: list) -> tuple[Run, Prepare]:
+    """Calls that take the input sets in turn."""
+    of = lambda i: contenders[i % len(contenders)]  # noqa: E731
+    return lambda i, argument: of(i).run(argument), lambda i: of(i).prepare()
 
-    def prepare(i: int) -> object:
-        return contenders[i % len(contenders)].prepare()
 
-    def run(i: int, argument: object) -> object:
-        return contenders[i % len(contenders)].run(argument)
-
-    taken = device.times(run, REPEATS, prepare)
-    if statistics.median(taken) >= GRAPH_BELOW or prepare(0) is not None:
-        return quantiles(taken), False
-    try:
-        taken = device.graph_times(run, REPEATS)
-    except Exception as error:  # not everything can be captured
-        print(f"no graph: {error!r}", flush=True)
-        return quantiles(taken), False
-    return quantiles(taken), True
+def time_calls(contenders: list, device) -> dict[str, float]:
+    run, prepare = rotating(contenders)
+    return quantiles(device.times(run, REPEATS, prepare))
 
 
 METRICS = {
@@ -666,8 +742,8 @@ METRICS = {
     "lts__t_sectors_op_read.sum": "L2 sectors read",
     "lts__t_sectors_op_write.sum": "L2 sectors written",
     "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
-    "sm__inst_executed_pipe_tensor.sum": "tensor instructions",
 }
+PROFILED = "^(moments|exponentials|class_weight|finish|total|gradient)_kernel"
 
 
 def phase_counters(findings: Findings, dry: bool, seconds: float) -> None:
@@ -686,36 +762,38 @@ def phase_counters(findings: Findings, dry: bool, seconds: float) -> None:
     if not ncu:
         findings.add(not_run="counters: no ncu here")
         return
-    script = [sys.executable, __file__, "--phase", "each-once", "--findings", os.devnull, "--seconds", "60"]
-    command = [
-        ncu,
-        "--csv",
-        "--clock-control",
-        "none",
-        "--metrics",
-        ",".join(METRICS),
-        "-c",
-        "12",
-        "-k",
-        "regex:kernel",
-    ]
-    done = subprocess.run([*command, *script], capture_output=True, text=True, timeout=seconds - 3)
-    start = done.stdout.find('"ID"')
-    if start < 0:
-        findings.add(not_run=f"counters: ncu gave no table: {(done.stdout + done.stderr)[-200:]}")
-        return
-    kernels: dict[str, dict] = {}
-    for line in csv.DictReader(io.StringIO(done.stdout[start:])):
-        entry = kernels.setdefault(line["ID"], {"kernel": line["Kernel Name"][:80]})
-        entry[METRICS.get(line["Metric Name"], line["Metric Name"])] = line["Metric Value"]
-    for entry in kernels.values():
+    command = [ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--metrics", ",".join(METRICS)]
+    command += ["-k", f"regex:{PROFILED}", *each_once("profiled")]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=seconds - 3).stdout
+    except subprocess.TimeoutExpired as late:
+        text = (late.stdout or b"").decode(errors="replace")
+        findings.add(not_run="counters: ncu ran out of time")
+    kernels = read_ncu(text)
+    if not kernels:
+        findings.add(not_run=f"counters: ncu gave no table: {text[-200:]}")
+    for entry in kernels:
         findings.add(counters=entry)
+
+
+def read_ncu(text: str) -> list[dict]:
+    """A dictionary per launch from the table that ncu prints, one line per launch and metric."""
+    start = text.find('"ID"')
+    kernels: dict[str, dict] = {}
+    for line in csv.DictReader(io.StringIO(text[start:])) if start >= 0 else ():
+        if not line.get("Kernel Name") or not line.get("Metric Value"):
+            continue  # cut off
+        entry = kernels.setdefault(line["ID"], {"kernel": line["Kernel Name"][:80]})
+        value = line["Metric Value"].replace(",", "")
+        with suppress(ValueError):
+            entry[METRICS.get(line["Metric Name"], line["Metric Name"])] = float(value)
+    return list(kernels.values())
 
 
 def run_phase(arguments: argparse.Namespace) -> int:
     os.environ["PYOPS_SHEET_COMMIT"] = arguments.commit
-    if arguments.phase == "each-once":
-        run_each_once(arguments.dry_run)
+    if arguments.phase in ("each-once", "profiled"):
+        run_each_once(arguments.dry_run, arguments.phase == "profiled")
         return 0
     findings = Findings(arguments.findings)
     globals()[f"phase_{arguments.phase}"](findings, arguments.dry_run, arguments.seconds)

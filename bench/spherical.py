@@ -191,7 +191,7 @@ def _compiled(formula: Callable, make: Callable, logits: Tensor, target: Tensor)
     try:
         timed.run(timed.prepare())
     except Exception as error:  # inductor raises many kinds
-        warnings.warn(f"no torch.compile rival: {str(error).splitlines()[0]}", stacklevel=2)
+        warnings.warn(f"no torch.compile rival: {type(error).__name__}: {str(error)[:200]}", stacklevel=2)
         return {}
     return {"compile": timed}
 

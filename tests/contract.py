@@ -182,11 +182,14 @@ def ops() -> tuple[Op, ...]:
 
 ON_GPU = ("cuda", "triton-gpu")
 BACKENDS = ("cpu:baseline", "cpu:avx2", "cpu:avx512", "cuda-emulated", "triton-interpreted", "reference", *ON_GPU)
+ON_HOST = tuple(name for name in BACKENDS if name not in ON_GPU)
+# For tests that bring their tensors by on_device; those that do not run on_every_host_backend.
 on_every_backend = pytest.mark.parametrize(
     "backend",
     [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS],
     indirect=True,
 )
+on_every_host_backend = pytest.mark.parametrize("backend", ON_HOST, indirect=True)
 
 
 def native():
@@ -735,8 +738,8 @@ def check_specials(function: Function, special: float, backend: str, names: tupl
 
 
 @pytest.mark.row("R47")
-@pytest.mark.parametrize("backward_on", [name for name in BACKENDS if name not in ON_GPU])
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ON_GPU], indirect=True)
+@pytest.mark.parametrize("backward_on", ON_HOST)
+@pytest.mark.parametrize("backend", ON_HOST, indirect=True)
 def test_forward_of_one_backend_with_backward_of_another(function, backend, backward_on, count_cases):
     """What a forward saves means the same on every backend."""
     if unavailable(backward_on):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_a_phase_out_of_time_leaves_what_it_found(tmp_path):
     script = """if True:
         import subprocess, sys, time
         with open(sys.argv[1], "w") as file:
-            file.write('{"rows": 1}\\n{"rows": 2}\\n{"ro')
+            file.write('{"not_run": 1}\\n{"not_run": 2}\\n{"not_r')
         subprocess.Popen(["sleep", "600"])
         time.sleep(600)
     """
@@ -56,7 +57,7 @@ def test_a_phase_out_of_time_leaves_what_it_found(tmp_path):
     assert gpu_sheet.run_limited(command, 3, tmp_path / "log", {}) == "out of time"
     sheet = gpu_sheet.empty_sheet("")
     gpu_sheet.merge(sheet, findings)
-    assert sheet["rows"] == [1, 2]
+    assert sheet["not_run"] == [1, 2]
     assert gpu_sheet.run_limited([sys.executable, "-c", "exit(3)"], 60, tmp_path / "log", {}) == "failed (3)"
 
 
@@ -72,6 +73,44 @@ def test_a_failing_phase_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
     assert "phase_none" in capsys.readouterr().out
 
 
+def test_an_interrupted_test_run_reports_what_it_had(tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_first(): pass\ndef test_second(): assert 0\ndef test_third(): time.sleep(600)\n"
+    )
+    found = gpu_sheet.run_pytest([str(tmp_path / "test_slow.py"), "--rootdir", str(tmp_path)], 15)
+    assert (found["passed"], found["failures"]) == (1, ["test_second"])
+    assert found["result"].startswith("interrupted")
+
+
+def test_reading_the_profiler():
+    """Its table starts after messages, has a line per launch and metric, and may be cut off."""
+    table = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","moments_kernel<bfloat16>","dram__bytes.sum","byte","537,001,984"
+"0","7","moments_kernel<bfloat16>","lts__t_sectors_op_read.sum","sector","16777216"
+"1","7","finish_kernel","dram__bytes.sum","byte","n/a"
+"1","7","fini"""
+    assert gpu_sheet.read_ncu(table) == [
+        {"kernel": "moments_kernel<bfloat16>", "DRAM bytes": 537001984.0, "L2 sectors read": 16777216.0},
+        {"kernel": "finish_kernel"},
+    ]
+    assert gpu_sheet.read_ncu("==ERROR== no permission") == []
+
+
+def test_a_row_measured_again_replaces_the_first(tmp_path):
+    row = dict.fromkeys(gpu_sheet.ROW_KEYS, 0) | {"op": "z_loss", "ms_median": 2}
+    findings = gpu_sheet.Findings(tmp_path / "findings")
+    for found in ({"rows": row}, {"rows": row | {"op": "cross_entropy"}}, {"rows": row | {"ms_median": 1}}):
+        findings.add(**found)
+    findings.add(tests={"cuda": 1})
+    findings.add(tests={"triton": 2}, not_run="this")
+    sheet = gpu_sheet.empty_sheet("")
+    gpu_sheet.merge(sheet, tmp_path / "findings")
+    assert [(one["op"], one["ms_median"]) for one in sheet["rows"]] == [("cross_entropy", 2), ("z_loss", 1)]
+    assert sheet["tests"] == {"cuda": 1, "triton": 2}
+    assert sheet["not_run"] == ["this"]
+
+
 def test_wrong_results_are_not_timed():
     """A row whose error is far above that of its rivals is an error, not a number."""
     case = next(case for case in harness.device_cases(tiny=True) if case.op == "z_loss")
@@ -85,9 +124,8 @@ def test_wrong_results_are_not_timed():
 
     row = gpu_sheet.measure(case, device, (1.0, 1.0), {})
     assert not [key for key in gpu_sheet.ROW_KEYS if key not in row]
-    broken = type(case)(**{**{name: getattr(case, name) for name in case.__dataclass_fields__}, "build": build})
     with pytest.raises(RuntimeError, match="wrong result"):
-        gpu_sheet.measure(broken, device, (1.0, 1.0), {})
+        gpu_sheet.measure(dataclasses.replace(case, build=build), device, (1.0, 1.0), {})
 
 
 def test_committed_sheets():

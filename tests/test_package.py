@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import functions, in_fresh_process, native, on_every_backend, running_on
+from contract import functions, in_fresh_process, native, on_every_host_backend, running_on
 from mutation import all_mutants, mutated
 
 import pyops
@@ -359,7 +359,7 @@ def test_explain(function):
     assert len(lines) == 4
 
 
-@on_every_backend
+@on_every_host_backend
 def test_explain_names_what_runs(backend):
     explanation = pyops.explain("cross_entropy", LOGITS, TARGET)
     expected = {"triton-interpreted": "triton", "reference": "reference", "cuda-emulated": "cuda"}.get(backend, "cpu")

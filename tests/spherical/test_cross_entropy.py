@@ -13,7 +13,7 @@ from contract import (
     assert_same_bits,
     assert_same_specials,
     check_accuracy,
-    on_every_backend,
+    on_every_host_backend,
     outputs_and_gradients,
     upstream_gradient,
 )
@@ -37,7 +37,7 @@ COMBINATIONS = list(itertools.product((False, True), (0.0, 0.1), (-100, 3, -1), 
 
 @pytest.mark.row("R11")
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@on_every_backend
+@on_every_host_backend
 def test_equals_torch_in_every_combination(dtype, backend, count_cases):
     """Value and gradient against torch.nn.functional.cross_entropy: class weight x label smoothing x ignore_index x
     reduction, with int64 and int32 targets in turn."""
@@ -84,7 +84,7 @@ def test_reference_equals_the_definition(variant):
 # ---- the regulariser ---------------------------------------------------------------------------------------
 
 
-@on_every_backend
+@on_every_host_backend
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_regulariser_is_returned_separately(reduction, backend):
     """loss = cross-entropy + scale lse^2; the second output is that term, without a gradient of its own. Its mean is
@@ -106,7 +106,7 @@ def test_regulariser_is_returned_separately(reduction, backend):
     assert not z_term.requires_grad
 
 
-@on_every_backend
+@on_every_host_backend
 def test_regulariser_of_scale_zero_is_nothing(backend):
     """Not added: logits whose lse^2 overflows have the plain loss; the term is 0."""
     logits, target = torch.tensor([[3e38, 1e38, 0.0], [1.0, 2.0, 3.0]]), torch.tensor([0, 2])
@@ -118,7 +118,7 @@ def test_regulariser_of_scale_zero_is_nothing(backend):
         assert_same_bits(plain.detach(), loss)
 
 
-@on_every_backend
+@on_every_host_backend
 def test_regulariser_gradient_by_hand(backend):
     """(1 + 2 scale lse) softmax - onehot."""
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_regulariser_is_detached_under_transforms_and_compile():
 @pytest.mark.row("R6")
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("classes", [5, 70, 4100])
-@on_every_backend
+@on_every_host_backend
 def test_minus_infinity_masks_a_class(classes, dtype, backend):
     """A class of -inf has probability and gradient 0; as a target it has infinite loss; a row of nothing else is NaN.
     All as in torch."""

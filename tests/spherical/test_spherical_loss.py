@@ -15,7 +15,7 @@ from contract import (
     assert_same_results,
     check_accuracy,
     error_of,
-    on_every_backend,
+    on_every_host_backend,
     outputs_and_gradients,
     threads,
     ulp,
@@ -83,7 +83,7 @@ def test_reference_equals_the_definition(name, variant):
         assert_accurate(value, value, expected[key], key)
 
 
-@on_every_backend
+@on_every_host_backend
 def test_z_loss_by_hand(backend):
     """Two rows small enough for paper: o = (3, 1, 1, -1) has mean 1 and variance 2."""
     logits, target = torch.tensor([[3.0, 1.0, 1.0, -1.0]] * 2), torch.tensor([0, 3])
@@ -94,7 +94,7 @@ def test_z_loss_by_hand(backend):
     assert_accurate(actual, actual, exact)
 
 
-@on_every_backend
+@on_every_host_backend
 def test_z_loss_closed_form_of_the_gradient(backend):
     """d loss / d o_k = rho / (D sigma) (1 + z_c z_k) - rho / sigma [k = c]."""
     random = torch.Generator().manual_seed(2)
@@ -112,7 +112,7 @@ def test_z_loss_closed_form_of_the_gradient(backend):
     assert_accurate(actual, actual, expected)
 
 
-@on_every_backend
+@on_every_host_backend
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_z_loss_gradient_invariants(dtype, backend):
     """The gradient sums to 0 over classes and is orthogonal to the logits, up to the rounding of its entries."""
@@ -124,7 +124,7 @@ def test_z_loss_gradient_invariants(dtype, backend):
     assert (along <= (rounding * logits.double().abs()).sum(1)).all()
 
 
-@on_every_backend
+@on_every_host_backend
 @pytest.mark.parametrize(("factor", "offset"), [(2.0, 0.0), (0.125, 3.0), (1e3, -500.0)])
 def test_z_loss_does_not_change_under_shift_and_scale(factor, offset, backend):
     logits = torch.randn(5, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_z_loss_does_not_change_under_shift_and_scale(factor, offset, backend):
     assert_accurate(moved, moved, gradient)
 
 
-@on_every_backend
+@on_every_host_backend
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5, 1.0])
 def test_label_smoothing_by_the_exact_rule(smoothing, backend):
     """Targets (1 - s) onehot + s/D: for the Z-loss only a factor on z, for the softmax kinds the mean of all log
@@ -166,7 +166,7 @@ def test_label_smoothing_by_the_exact_rule(smoothing, backend):
 
 @pytest.mark.row("R11")
 @pytest.mark.parametrize("name", ALL)
-@on_every_backend
+@on_every_host_backend
 def test_several_targets_add_their_losses(name, backend):
     """A row with K targets has the weighted sum of K single-target losses; duplicates count each time."""
     function = getattr(pyops, name)
@@ -188,7 +188,7 @@ def test_several_targets_add_their_losses(name, backend):
 
 @pytest.mark.row("R11")
 @pytest.mark.parametrize("name", ALL)
-@on_every_backend
+@on_every_host_backend
 def test_mean_divides_by_the_weight_that_counts(name, backend):
     """As in torch: by the sum of class weights of rows that are not ignored; for several targets per row by the mean
     class weight of those that count."""
@@ -210,7 +210,7 @@ def test_mean_divides_by_the_weight_that_counts(name, backend):
 @pytest.mark.row("R11")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("filling", [float("nan"), float("inf"), 1.0], ids=str)
-@on_every_backend
+@on_every_host_backend
 def test_all_rows_ignored(name, filling, backend):
     """Mean NaN as in torch, sum 0, safe mean 0; the gradient exactly 0 whatever the logits hold."""
     function = getattr(pyops, name)
@@ -227,7 +227,7 @@ def test_all_rows_ignored(name, filling, backend):
 
 @pytest.mark.row("R11")
 @pytest.mark.parametrize("name", ALL)
-@on_every_backend
+@on_every_host_backend
 def test_ignored_rows_may_hold_anything(name, backend):
     """NaN in an ignored row stays out of the loss and out of every gradient."""
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
@@ -291,7 +291,7 @@ def test_targets_out_of_range_where_they_do_not_count(name):
 @pytest.mark.row("R16", "R7")
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.3, 1000.0])
-@on_every_backend
+@on_every_host_backend
 def test_z_loss_of_equal_logits(value, dtype, backend):
     """z is 0: the loss is softplus(a b)/a; with eps = 0 the gradient is 0, with eps it is that of the formula."""
     a, b, classes = 2.0, 1.5, 6
@@ -312,7 +312,7 @@ def test_z_loss_of_equal_logits(value, dtype, backend):
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("targets", [1, 3])
-@on_every_backend
+@on_every_host_backend
 def test_one_class(targets, smoothing, dtype, backend):
     """With D = 1 there is nothing to choose: probabilities are 1, z is 0, and all gradients but the squared error's
     vanish."""
@@ -335,7 +335,7 @@ def test_one_class(targets, smoothing, dtype, backend):
 
 @pytest.mark.row("R16")
 @pytest.mark.parametrize("name", ALL)
-@on_every_backend
+@on_every_host_backend
 def test_two_classes_and_repeated_rows(name, backend):
     random = torch.Generator().manual_seed(10)
     row = torch.randn(1, 2, generator=random)
@@ -346,7 +346,7 @@ def test_two_classes_and_repeated_rows(name, backend):
 
 
 @pytest.mark.row("R7")
-@on_every_backend
+@on_every_host_backend
 def test_spherical_softmax_without_eps(backend):
     """With eps = 0 a target logit of 0 has infinite loss, with smoothing any logit of 0 has; others are finite."""
     logits = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 2.0], [1.0, 3.0, 2.0]])
@@ -553,7 +553,7 @@ def in_place_gradient(name: str, logits: torch.Tensor, call: Call) -> torch.Tens
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("variant", ["mean", "none", "full", "safe", "weighted"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@on_every_backend
+@on_every_host_backend
 def test_in_place_backward_equals_out_of_place(name, variant, dtype, backend):
     call = make_call(name, variant, dtype)
     expected = outputs_and_gradients(getattr(pyops, name), call, ("logits",))["gradient of logits"]
@@ -648,7 +648,7 @@ def test_in_place_backward_with_create_graph_leaves_the_logits(name):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("variant", ["mean", "sum", "full", "safe", "weighted"])
-@on_every_backend
+@on_every_host_backend
 def test_normalizer_is_what_the_mean_divides_by(name, variant, backend):
     """loss(sum) / normalizer = loss(mean), and the statistics of ignored rows are 0."""
     from spherical.samples import forward_operator, operator_arguments
