@@ -12,7 +12,7 @@
 #include <set>
 #include <thread>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(PYOPS_EMU_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -37,7 +37,7 @@ constexpr int kDeviceAssert = 710;  // cudaErrorAssert
 
 // ---- switching ------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYOPS_EMU_UCONTEXT)
 
 // Saves the six registers that a call preserves, stores the stack pointer at *save and goes on at `to`.
 extern "C" void pyops_emulator_switch(void** save, void* to);
@@ -65,7 +65,7 @@ pyops_emulator_switch:
 .size pyops_emulator_switch, . - pyops_emulator_switch
 )");
 
-void* new_context(unsigned char* stack, size_t bytes, void (*entry)()) {
+void* new_context(unsigned char* stack, size_t bytes, void (*entry)(), void*) {
   void** top = reinterpret_cast<void**>(stack + bytes);
   *--top = nullptr;  // a return address that nobody uses keeps the alignment of a call
   *--top = reinterpret_cast<void*>(entry);
@@ -77,8 +77,9 @@ void switch_context(void** save, void* to) { pyops_emulator_switch(save, to); }
 
 #else
 
-void* new_context(unsigned char* stack, size_t bytes, void (*entry)()) {
-  auto* context = new ucontext_t;  // lives as long as the pool of fibers
+// `old`, if any, is what this stack ran before.
+void* new_context(unsigned char* stack, size_t bytes, void (*entry)(), void* old) {
+  auto* context = old ? static_cast<ucontext_t*>(old) : new ucontext_t;  // lives as long as the pool of fibers
   getcontext(context);
   context->uc_stack.ss_sp = stack;
   context->uc_stack.ss_size = bytes;
@@ -111,13 +112,15 @@ Fiber* take_fiber(Worker& w) {
   const size_t number = w.fibers.size();
   if (number == w.stack_count) fatal("too many threads wait at once", std::to_string(number));
   mprotect(stack_of(w, number), 4096, PROT_NONE);  // an overflow faults instead of spoiling a neighbour
-  w.fibers.push_back(new Fiber{number, new_context(stack_of(w, number), stack_use(number), fiber_entry), nullptr});
+  w.fibers.push_back(
+      new Fiber{number, new_context(stack_of(w, number), stack_use(number), fiber_entry, nullptr), nullptr});
   return w.fibers.back();
 }
 
 // Forgets what a fiber was doing: its stack holds frames that nobody returns to.
 void reset_fiber(Worker& w, Fiber& fiber) {
-  fiber.stack_pointer = new_context(stack_of(w, fiber.number), stack_use(fiber.number), fiber_entry);
+  fiber.stack_pointer =
+      new_context(stack_of(w, fiber.number), stack_use(fiber.number), fiber_entry, fiber.stack_pointer);
   fiber.thread = nullptr;
 }
 
@@ -175,7 +178,7 @@ void make_current(Worker& w, Thread* thread) {
 }
 
 [[noreturn]] void to_scheduler(Worker& w) {
-  void* nowhere = nullptr;
+  static thread_local void* nowhere = nullptr;  // nobody goes back there
   switch_context(&nowhere, w.main_stack_pointer);
   abort();
 }

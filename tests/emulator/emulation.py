@@ -59,8 +59,8 @@ def _compile(*arguments: object) -> None:
         raise RuntimeError(f"g++ failed:\n{done.stderr[-6000:]}")
 
 
-def _digest(paths: Sequence[Path], check: bool) -> str:
-    text = hashlib.sha256(repr((check, COMMON, KERNEL, FAST, CHECK)).encode())
+def _digest(paths: Sequence[Path], check: bool, ucontext: bool = False) -> str:
+    text = hashlib.sha256(repr((check, ucontext, COMMON, KERNEL, FAST, CHECK)).encode())
     headers = [*EMULATOR.glob("*"), *(ROOT / "csrc" / "device").glob("*"), *(ROOT / "csrc" / "common").glob("*.h")]
     headers += [header for path in paths for header in path.parent.glob("*.cuh")]
     for path in sorted([*headers, *paths]):
@@ -69,9 +69,9 @@ def _digest(paths: Sequence[Path], check: bool) -> str:
 
 
 @functools.cache
-def _build(paths: tuple[Path, ...], check: bool) -> Library:
+def _build(paths: tuple[Path, ...], check: bool, ucontext: bool) -> Library:
     CACHE.mkdir(parents=True, exist_ok=True)
-    target = CACHE / f"{paths[0].stem}_{'check' if check else 'fast'}_{_digest(paths, check)}.so"
+    target = CACHE / f"{paths[0].stem}_{'check' if check else 'fast'}_{_digest(paths, check, ucontext)}.so"
     if not target.exists():
         folder = Path(f"{target}.{os.getpid()}")
         folder.mkdir()
@@ -81,16 +81,17 @@ def _build(paths: tuple[Path, ...], check: bool) -> Library:
             _compile(*COMMON, *KERNEL, *(CHECK if check else FAST), "-c", path, "-o", objects[-1])
         for path in [EMULATOR / "runtime.cpp", *([EMULATOR / "checker.cpp"] if check else [])]:
             objects.append(folder / f"{path.stem}.o")
-            _compile(*COMMON, "-O2", "-c", path, "-o", objects[-1])
+            _compile(*COMMON, "-O2", *["-DPYOPS_EMU_UCONTEXT"] * ucontext, "-c", path, "-o", objects[-1])
         _compile("-shared", "-o", folder / "done.so", *objects, "-ldl", "-pthread")
         os.replace(folder / "done.so", target)
         shutil.rmtree(folder)
     return Library(target, check)
 
 
-def build(paths: Sequence[Path], *, check: bool) -> Library:
-    """The library of some kernel files, from the cache when nothing changed."""
-    return _build(tuple(Path(path) for path in paths), check)
+def build(paths: Sequence[Path], *, check: bool, ucontext: bool = False) -> Library:
+    """The library of some kernel files, from the cache when nothing changed; ``ucontext``: with the switch of fibers
+    that other processors than x86-64 get."""
+    return _build(tuple(Path(path) for path in paths), check, ucontext)
 
 
 class Buffer:

@@ -12,8 +12,8 @@ SCHEDULES = [(seed, preemption) for seed in range(8) for preemption in (0.0, 0.2
 X = numpy.arange(1, 1025, dtype=numpy.float32)
 
 
-def faults(check: bool):
-    return build([FOLDER / "faults.cu"], check=check)
+def faults(check: bool, ucontext: bool = False):
+    return build([FOLDER / "faults.cu"], check=check, ucontext=ucontext)
 
 
 def arguments(session, name: str) -> tuple[list, object, numpy.ndarray]:
@@ -88,6 +88,19 @@ def test_planted_faults(name):
             reports = session.reports()
             assert any(EXPECTED[name] in report for report in reports), (seed, preemption, reports)
             assert any("faults.cu:" in report for report in reports), reports
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_switch_of_other_processors(name):
+    """The same kernels, clean and faulty in turn, where fibers are switched by the C library."""
+    for seed, preemption in SCHEDULES[::5]:
+        for faulty in (False, True, False):
+            with faults(True, ucontext=True).session(seed, preemption) as session:
+                given, out, expected = arguments(session, name)
+                failed = session.run(f"run_{name}", faulty, *given) != 0
+                assert failed == faulty, session.reports()
+                if not faulty:
+                    numpy.testing.assert_array_equal(out.values(), expected)
 
 
 def test_blocks_that_wait_for_each_other():
