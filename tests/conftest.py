@@ -99,6 +99,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "routed: calls pyops.use_backend, so it runs after the tests that do not")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if _backend_of(item) == "cuda-emulated":
+        item.add_marker("emu")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wants_slow = "slow" in (config.option.markexpr or "")
