@@ -108,8 +108,11 @@ def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
 
 
 def count_instructions(sass: str) -> dict[str, int]:
+    """Of the kinds above, and all of them."""
     counts = dict.fromkeys(COUNTERS, 0)
-    for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass):
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
+    counts["instructions"] = sum(opcode != "NOP" for opcode in opcodes)  # no padding
+    for opcode in opcodes:
         root, *modifiers = opcode.split(".")
         for counter, opcodes in COUNTERS.items():
             wide = counter.endswith(".128")
@@ -136,7 +139,7 @@ def compile_kernels(source: Path, target: str, folder: str) -> dict[str, dict[st
 
 def fingerprint() -> str:
     """Of everything that the ledger depends on."""
-    digest = hashlib.sha256(repr((compiler_version(), FLAGS, TARGETS, sorted(COUNTERS))).encode())
+    digest = hashlib.sha256(repr((compiler_version(), FLAGS, TARGETS)).encode() + Path(__file__).read_bytes())
     for path in sorted(path for suffix in ("cu", "cuh", "h") for path in ROOT.glob(f"csrc/**/*.{suffix}")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:32]

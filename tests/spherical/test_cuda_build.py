@@ -92,8 +92,8 @@ def test_ledger_holds():
 
 @pytest.mark.parametrize(
     ("counter", "change"),
-    [("registers", 2), ("LDG.128", -1), ("MUFU", 5)],
-    ids=["more registers", "fewer wide loads", "more of a counter"],
+    [("registers", 2), ("LDG.128", -1), ("MUFU", 5), ("instructions", 60)],
+    ids=["more registers", "fewer wide loads", "more of a counter", "more instructions"],
 )
 def test_ledger_notices(counter, change):
     """On the committed ledger with one number changed; needs no compiler."""
