@@ -707,3 +707,18 @@ def test_an_offset_does_not_reach_the_small_gradients(backend):
     others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, target.unsqueeze(1), False)
     error = (ours - exact).abs()[others].max() / exact[others].abs().max()
     assert error < 1e-5, error
+
+
+@pytest.mark.row("R6")
+@on_every_host_backend
+@pytest.mark.parametrize("places", [(0, 1), (0, -1), (-1, 0)], ids=["together", "far apart", "the other way round"])
+def test_both_infinities_in_a_row(places, backend):
+    """The squared error is infinite and not NaN, whichever parts of a row are merged; so are its gradients there."""
+    logits = torch.randn(1, 9000, generator=torch.Generator().manual_seed(8))
+    logits[0, places[0]], logits[0, places[1]] = float("inf"), -float("inf")
+    leaf = logits.requires_grad_()
+    loss = pyops.mse_onehot_loss(leaf, torch.tensor([2]))
+    loss.backward()
+    assert loss == float("inf")
+    assert (leaf.grad[0, places[0]], leaf.grad[0, places[1]]) == (float("inf"), -float("inf"))
+    assert leaf.grad.isfinite().sum() == 8998
