@@ -68,7 +68,6 @@ CPP = [
     Mutant(FORMULA, " - partials.slope * ((mean - center) * scale)", ""),
     Mutant(FORMULA, "partials.slope += omega / total / scale;", "partials.slope += omega / total;"),
     Mutant(FORMULA, "row.m2 == HUGE_VAL ? row.m2 : ", ""),
-    Mutant(FORMULA, "(square_overflows ? Real(2) : u + u)", "(u + u)"),
     Mutant(SOFTMAX, "total.sum * exp(total.shift - shift)", "total.sum"),
     Mutant(SOFTMAX, "other.sum * exp(other.shift - shift)", "other.sum * 1.001 * exp(other.shift - shift)"),
     Mutant(SOFTMAX, "total.weighted_sum + other.weighted_sum", "other.weighted_sum"),
@@ -119,6 +118,7 @@ CPP = [
 
 CUDA = "csrc/spherical/cuda"
 EMULATED = [
+    Mutant(FORMULA, "(square_overflows ? Real(2) : u + u)", "(u + u)"),  # on the CPU only for float64 beyond 1e154
     Mutant(f"{CUDA}/spherical_loss.cu", "vector_squares += d * d;", "vector_squares += Real(1.001) * d * d;"),
     Mutant(f"{CUDA}/spherical_loss.cu", "b < elements ? Real(o[b]) - shift : Real(0)", "Real(o[b]) - shift"),
     Mutant(f"{CUDA}/spherical_loss.cu", "own.m2 + count * (delta * delta)", "own.m2"),

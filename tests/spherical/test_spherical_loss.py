@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 
+import numpy
 import pytest
 import torch
 from contract import (
@@ -722,3 +723,32 @@ def test_both_infinities_in_a_row(places, backend):
     assert loss == float("inf")
     assert (leaf.grad[0, places[0]], leaf.grad[0, places[1]]) == (float("inf"), -float("inf"))
     assert leaf.grad.isfinite().sum() == 8998
+
+
+def by_long_double(loss: str, logits: torch.Tensor, target: torch.Tensor, eps: float, smoothing: float) -> torch.Tensor:
+    """The gradient of the summed loss, where squares of the logits overflow."""
+    o = logits.double().numpy().astype(numpy.longdouble)
+    u, e = (1 + o, 1) if loss == "taylor_softmax" else (o, eps)
+    half = 2 if loss == "taylor_softmax" else 1
+    n = (u * u + e) / half
+    share = numpy.full(o.shape, smoothing / o.shape[1], numpy.longdouble)
+    share[numpy.arange(len(o)), target.numpy()] += 1 - numpy.longdouble(smoothing)
+    gradient = 2 * u / half / n.sum(1, keepdims=True) - share * 2 * u / (u * u + e)
+    return torch.from_numpy(gradient.astype(numpy.float64))
+
+
+@pytest.mark.row("R7")
+@on_every_host_backend
+@pytest.mark.parametrize("loss", ["taylor_softmax", "spherical_softmax"])
+def test_smoothing_with_a_logit_whose_square_overflows(loss, backend):
+    """Beside ordinary ones, as the target and not: d log n(o) / d o is 2 / o there and not that elsewhere."""
+    logits = torch.randn(3, 37, generator=torch.Generator().manual_seed(9))
+    logits[:, 5] = 3e25
+    logits[2, 7] = -3e25
+    target = torch.tensor([5, 11, 7])
+    leaf = logits.requires_grad_()
+    options = {"eps": 0.3} if loss == "spherical_softmax" else {}
+    function = getattr(pyops, f"{loss}_loss")
+    function(leaf, target, label_smoothing=0.25, reduction="sum", **options).backward()
+    exact = by_long_double(loss, leaf.detach(), target, 0.3, 0.25)
+    torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-6, atol=1e-6 * exact.abs().max().item())
