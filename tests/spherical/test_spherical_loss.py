@@ -752,3 +752,21 @@ def test_smoothing_with_a_logit_whose_square_overflows(loss, backend):
     function(leaf, target, label_smoothing=0.25, reduction="sum", **options).backward()
     exact = by_long_double(loss, leaf.detach(), target, 0.3, 0.25)
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-6, atol=1e-6 * exact.abs().max().item())
+
+
+@pytest.mark.row("R4")
+@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512"], indirect=True)
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_of_few_logits_are_right_to_the_last_digit(loss, classes, backend):
+    """Their terms cancel: in float32 the gradient of z_loss at three logits had errors of 1.7e-5 of the largest."""
+    random = torch.Generator().manual_seed(10)
+    logits = torch.randn(400, classes, generator=random)
+    target = torch.randint(0, classes, (400,), generator=random)
+    gradients = []
+    for values in (logits, logits.double()):
+        leaf = values.requires_grad_()
+        getattr(pyops, loss)(leaf, target, reduction="sum").backward()
+        gradients.append(leaf.grad.double())
+    error = (gradients[0] - gradients[1]).abs().amax(1)
+    assert (error <= 1e-7 * gradients[1].abs().amax(1)).all()
