@@ -13,6 +13,7 @@ from contract import (
     assert_same_bits,
     assert_same_specials,
     check_accuracy,
+    is_slow,
     on_every_host_backend,
     outputs_and_gradients,
     upstream_gradient,
@@ -241,3 +242,36 @@ def test_equal_logits(backend):
         loss = pyops.cross_entropy(logits, target, reduction="none")
         assert_accurate(loss, loss, torch.full((2,), math.log(50), dtype=torch.float64), f"{value} {dtype}")
         check_accuracy(ALL, call_of(logits, target), f"{value} {dtype}")
+
+
+@on_every_host_backend
+@pytest.mark.parametrize("high", [2.5e38, INFINITY], ids=["finite", "infinite"])
+def test_a_rise_that_overflows(high, backend):
+    """Late in a long row, from logits so low that the difference is infinite: the softmax is 1 there; of an infinite
+    logit it is NaN."""
+    if is_slow(backend):
+        pytest.skip("slow: a test of the others, whose rows are cut into blocks")
+    logits = torch.full((1, 9000), -2.5e38)
+    logits[0, 8500] = high
+    leaf = logits.requires_grad_()
+    loss = pyops.cross_entropy(leaf, torch.tensor([8500]))
+    loss.backward()
+    if high == INFINITY:
+        assert loss.isnan()
+        return
+    assert loss == 0
+    assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512"], indirect=True)
+def test_exponentials_are_right_to_three_units_in_the_last_place(backend):
+    """The softmax of one logit below another, over the range where it counts."""
+    x = torch.linspace(-25, 0, 40001)
+    logits = torch.full((len(x), 6), -INFINITY)
+    logits[:, 0], logits[:, 1] = 0, x
+    leaf = logits.requires_grad_()
+    pyops.cross_entropy(leaf, torch.zeros(len(x), dtype=torch.int64), reduction="sum").backward()
+    exact = torch.sigmoid(x.double())
+    error = leaf.grad[:, 1].double() / exact - 1
+    assert error.abs().max() <= 2.8e-7
+    assert error.abs().mean() <= 1.0e-7

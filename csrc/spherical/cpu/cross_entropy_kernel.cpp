@@ -94,7 +94,7 @@ RowExponentials exponentials(const void* data, const void* class_weight, int64_t
     if (shift == -HUGE_VAL) shift = block_maximum(x + begin, size);
     // Only -inf (or NaN) so far: exp(o - 0) is 0 for all of them, where exp(-inf + inf) would be NaN.
     double sum = exponential_sum(x + begin, size, Real(shift == -HUGE_VAL ? 0 : shift));
-    if (!(sum <= kLargestSum)) {
+    if (sum > kLargestSum) {
       const double higher = block_maximum(x + begin, size);
       if (higher > shift) {
         shift = higher;
