@@ -22,25 +22,38 @@ Level cap_from_environment() {
       std::string("PYOPS_CPU_ISA must be one of baseline, avx2, avxvnni, avx512, avx512vnni, got '") + text + "'");
 }
 
+// CPUID 7.1 EAX bit 4; older compilers have no name for it.
+bool has_avx_vnni() {
+#if defined(__x86_64__)
+  unsigned eax = 7, ebx, ecx = 1, edx;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return (eax & 16u) != 0;
+#else
+  return false;
+#endif
+}
+
 Level detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("bmi2");
   if (avx512) {
     const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("avx512bf16");
     return vnni ? Level::avx512vnni : Level::avx512;
   }
-  // AVX-VNNI without AVX-512 is found through CPUID 7.1 EAX bit 4; older compilers have no name for it.
-  if (avx2) {
-    unsigned eax = 7, ebx, ecx = 1, edx;
-    __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    return (eax & 16u) ? Level::avxvnni : Level::avx2;
-  }
+  if (avx2) return has_avx_vnni() ? Level::avxvnni : Level::avx2;
 #endif
   return Level::baseline;
+}
+
+// Processors with AVX-512 need not have AVX-VNNI (Zen 4 has not): a cap there may ask for what they lack.
+Level runnable(Level level) {
+  static const bool avx_vnni = detected() >= Level::avxvnni && has_avx_vnni();
+  return level == Level::avxvnni && !avx_vnni ? Level::avx2 : level;
 }
 
 }  // namespace
@@ -58,7 +71,7 @@ Level current() {
     return cap < detected() ? cap : detected();
   }();
   const int cap = forced.load(std::memory_order_relaxed);
-  return cap >= 0 && cap < static_cast<int>(allowed) ? static_cast<Level>(cap) : allowed;
+  return runnable(cap >= 0 && cap < static_cast<int>(allowed) ? static_cast<Level>(cap) : allowed);
 }
 
 void force(int level) { forced.store(level, std::memory_order_relaxed); }

@@ -30,4 +30,16 @@ const Table& select(const Table& baseline, [[maybe_unused]] const Table& avx2, [
   return baseline;
 }
 
+// The same for kernels that also have the levels of the dot-product instructions.
+template <class Table>
+const Table& select(const Table& baseline, [[maybe_unused]] const Table& avx2, [[maybe_unused]] const Table& avxvnni,
+                    [[maybe_unused]] const Table& avx512, [[maybe_unused]] const Table& avx512vnni) {
+  const Level level = current();
+  if (level >= Level::avx512vnni) return avx512vnni;
+  if (level >= Level::avx512) return avx512;
+  if (level >= Level::avxvnni) return avxvnni;
+  if (level >= Level::avx2) return avx2;
+  return baseline;
+}
+
 }  // namespace pyops::isa

@@ -143,14 +143,15 @@ void check_strided(const char* op, const char* argument, const Tensor& tensor) {
   PYOPS_CHECK(layout == aoti_torch_layout_strided(), op, argument, "be a strided tensor", "another layout");
 }
 
-void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
+void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                  const char* like_name) {
   int32_t type = 0, index = 0, like_type = 0, like_index = 0;
   aoti_torch_get_device_type(tensor.get(), &type);
   aoti_torch_get_device_index(tensor.get(), &index);
   aoti_torch_get_device_type(like.get(), &like_type);
   aoti_torch_get_device_index(like.get(), &like_index);
-  PYOPS_CHECK(type == like_type && index == like_index, op, argument, "be on the device of logits", device_name(tensor),
-              " and ", device_name(like));
+  PYOPS_CHECK(type == like_type && index == like_index, op, argument, std::string("be on the device of ") + like_name,
+              device_name(tensor), " and ", device_name(like));
 }
 
 DType check_floating(const char* op, const char* argument, const Tensor& tensor) {

@@ -42,7 +42,9 @@ Tensor as_contiguous(const Tensor& tensor);
 // Rejects sparse, quantised and other tensors without strides; to be called before strides are asked for.
 void check_strided(const char* op, const char* argument, const Tensor& tensor);
 
-void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like);
+// `like_name` is the argument whose device all others must share.
+void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                  const char* like_name = "logits");
 
 // float32, float64, bfloat16 or float16; anything else is rejected by name.
 DType check_floating(const char* op, const char* argument, const Tensor& tensor);

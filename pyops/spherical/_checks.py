@@ -9,62 +9,45 @@ import torch
 from torch import Tensor
 
 from pyops._autograd import reject
+from pyops._checks import device, dtype_name, shape_name, strided
 from pyops.spherical.reference import SPHERICAL_LOSSES
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING_RULE = "be float32, float64, bfloat16 or float16"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
-def _strided(op: str, argument: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided:
-        reject(op, argument, "be a strided tensor", "another layout")
-
-
-def _device(op: str, argument: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        reject(op, argument, "be on the device of logits", f"{tensor.device} and {logits.device}")
-
-
 def _floating(op: str, argument: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
-        reject(op, argument, _FLOATING_RULE, _name(tensor.dtype))
+        reject(op, argument, _FLOATING_RULE, dtype_name(tensor.dtype))
 
 
 def _logits_target(op: str, logits: Tensor, target: Tensor) -> int:
     """Returns the number of targets per row."""
-    _strided(op, "logits", logits)
+    strided(op, "logits", logits)
     _floating(op, "logits", logits)
     if logits.dim() != 2:
-        reject(op, "logits", "have shape [rows, classes]", _shape(logits))
-    _strided(op, "target", target)
-    _device(op, "target", target, logits)
+        reject(op, "logits", "have shape [rows, classes]", shape_name(logits))
+    strided(op, "target", target)
+    device(op, "target", target, logits, "logits")
     if target.dtype not in (torch.int64, torch.int32):
-        reject(op, "target", "be int64 or int32", _name(target.dtype))
+        reject(op, "target", "be int64 or int32", dtype_name(target.dtype))
     rows = logits.shape[0]
     if target.dim() not in (1, 2) or target.shape[0] != rows:
-        reject(op, "target", f"have shape [{rows}] or [{rows}, targets per row]", _shape(target))
+        reject(op, "target", f"have shape [{rows}] or [{rows}, targets per row]", shape_name(target))
     return target.shape[1] if target.dim() == 2 else 1
 
 
 def _weight(op: str, argument: str, weight: Tensor, logits: Tensor) -> None:
-    _strided(op, argument, weight)
-    _device(op, argument, weight, logits)
+    strided(op, argument, weight)
+    device(op, argument, weight, logits, "logits")
     if weight.dtype != logits.dtype:
-        reject(op, argument, f"be {_name(logits.dtype)} like logits", _name(weight.dtype))
+        reject(op, argument, f"be {dtype_name(logits.dtype)} like logits", dtype_name(weight.dtype))
 
 
 def class_weight(op: str, weight: Tensor, logits: Tensor) -> None:
     _weight(op, "weight", weight, logits)
     if weight.dim() != 1 or weight.shape[0] != logits.shape[1]:
-        reject(op, "weight", f"have shape [{logits.shape[1]}]", _shape(weight))
+        reject(op, "weight", f"have shape [{logits.shape[1]}]", shape_name(weight))
 
 
 def forward(op, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype) -> int:
@@ -73,7 +56,7 @@ def forward(op, logits, target, target_weight, weight, label_smoothing, reductio
     if target_weight is not None:
         _weight(op, "target_weight", target_weight, logits)
         if target_weight.shape != target.shape:
-            reject(op, "target_weight", f"have the shape of target, {_shape(target)}", _shape(target_weight))
+            reject(op, "target_weight", f"have the shape of target, {shape_name(target)}", shape_name(target_weight))
     if weight is not None:
         class_weight(op, weight, logits)
     if not 0 <= label_smoothing <= 1:
@@ -81,7 +64,7 @@ def forward(op, logits, target, target_weight, weight, label_smoothing, reductio
     if not 0 <= reduction <= 2:
         reject(op, "reduction", "be 0 (none), 1 (mean) or 2 (sum)", reduction)
     if out_dtype is not None and out_dtype not in FLOATING:
-        reject(op, "out_dtype", _FLOATING_RULE, _name(out_dtype))
+        reject(op, "out_dtype", _FLOATING_RULE, dtype_name(out_dtype))
     return targets
 
 
@@ -89,24 +72,24 @@ def backward(op, grad_loss, logits, target, statistics, normalizer, columns: int
     """All checks of a backward. ``columns`` row statistics stand before the target gradients."""
     targets = _logits_target(op, logits, target)
     rows = logits.shape[0]
-    _strided(op, "grad_loss", grad_loss)
-    _device(op, "grad_loss", grad_loss, logits)
+    strided(op, "grad_loss", grad_loss)
+    device(op, "grad_loss", grad_loss, logits, "logits")
     _floating(op, "grad_loss", grad_loss)
     if grad_loss.dim() != 0 and (grad_loss.dim() != 1 or grad_loss.shape[0] != rows):
-        reject(op, "grad_loss", f"have shape [] or [{rows}]", _shape(grad_loss))
-    _strided(op, "statistics", statistics)
-    _device(op, "statistics", statistics, logits)
+        reject(op, "grad_loss", f"have shape [] or [{rows}]", shape_name(grad_loss))
+    strided(op, "statistics", statistics)
+    device(op, "statistics", statistics, logits, "logits")
     if statistics.dtype != torch.float64:
-        reject(op, "statistics", "be float64", _name(statistics.dtype))
+        reject(op, "statistics", "be float64", dtype_name(statistics.dtype))
     width = columns + targets
     if statistics.dim() != 2 or statistics.shape[0] != rows or statistics.shape[1] != width:
-        reject(op, "statistics", f"have shape [{rows}, {width}]", _shape(statistics))
-    _strided(op, "normalizer", normalizer)
-    _device(op, "normalizer", normalizer, logits)
+        reject(op, "statistics", f"have shape [{rows}, {width}]", shape_name(statistics))
+    strided(op, "normalizer", normalizer)
+    device(op, "normalizer", normalizer, logits, "logits")
     if normalizer.dtype != torch.float64:
-        reject(op, "normalizer", "be float64", _name(normalizer.dtype))
+        reject(op, "normalizer", "be float64", dtype_name(normalizer.dtype))
     if normalizer.numel() != normalizers:
-        reject(op, "normalizer", f"have {normalizers} elements", _shape(normalizer))
+        reject(op, "normalizer", f"have {normalizers} elements", shape_name(normalizer))
 
 
 def spherical_name(loss: int, suffix: str = "") -> str:

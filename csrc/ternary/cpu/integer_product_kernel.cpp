@@ -1,0 +1,446 @@
+// How the codes {0, 1, 2} meet 8-bit activations at each level.
+//
+// A vector of codes holds 4 k of each of its rows, one row per 32-bit lane, and is multiplied with 4 activations that
+// are broadcast to all lanes: no sum ever runs across lanes. With a dot instruction (VNNI) lanes accumulate in 32 bits.
+// Without one, products are added in pairs to 16 bits: a pair is at most 2 * 2 * 128, so that 64 of them fit, after
+// which they are widened (kSteps16).
+//
+// The four fields of a line need no shift where accumulators are plenty (AVX-512 VNNI, GEMV): each keeps its factor
+// 1, 4, 16 or 64, and its sum is shifted back once, exactly.
+#include "integer_product_kernel.h"
+
+#include "../../common/simd.h"
+
+namespace pyops::PYOPS_ISA {
+namespace {
+
+PYOPS_INLINE int32_t load_word(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+
+// ---- the vector of a level ---------------------------------------------------------------------------------
+
+#if defined(__AVX512BW__)
+#define PYOPS_HAS_DOT 1
+using Codes = __m512i;
+constexpr int kVectorRows = 16;
+constexpr int kTileTokens = 12;
+PYOPS_INLINE Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+PYOPS_INLINE void store_codes(uint8_t* p, Codes v) { _mm512_storeu_si512(p, v); }
+PYOPS_INLINE Codes broadcast_word(int32_t word) { return _mm512_set1_epi32(word); }
+PYOPS_INLINE Codes both(Codes a, Codes b) { return _mm512_and_si512(a, b); }
+PYOPS_INLINE Codes add32(Codes a, Codes b) { return _mm512_add_epi32(a, b); }
+template <int kBits>
+PYOPS_INLINE Codes shifted_right(Codes v) {
+  return _mm512_maskz_srli_epi32(0xffff, v, kBits);  // the plain form trips a false gcc 12 warning
+}
+PYOPS_INLINE Codes load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }
+PYOPS_INLINE void store_sums(int32_t* p, Codes v) { _mm512_storeu_si512(p, v); }
+#if defined(__AVX512VNNI__)
+constexpr bool kDot = true;
+PYOPS_INLINE Codes accumulate(Codes sums, Codes codes, Codes q) { return _mm512_dpbusd_epi32(sums, codes, q); }
+PYOPS_INLINE Codes widened(Codes sums) { return sums; }
+#else
+constexpr bool kDot = false;
+PYOPS_INLINE Codes accumulate(Codes sums, Codes codes, Codes q) {
+  return _mm512_add_epi16(sums, _mm512_maddubs_epi16(codes, q));
+}
+PYOPS_INLINE Codes widened(Codes sums) { return _mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
+#endif
+
+#elif defined(__AVX2__)
+#define PYOPS_HAS_DOT 1
+using Codes = __m256i;
+constexpr int kVectorRows = 8;
+constexpr int kTileTokens = 6;  // 12 of 16 registers hold sums
+PYOPS_INLINE Codes load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+PYOPS_INLINE void store_codes(uint8_t* p, Codes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+PYOPS_INLINE Codes broadcast_word(int32_t word) { return _mm256_set1_epi32(word); }
+PYOPS_INLINE Codes both(Codes a, Codes b) { return _mm256_and_si256(a, b); }
+PYOPS_INLINE Codes add32(Codes a, Codes b) { return _mm256_add_epi32(a, b); }
+template <int kBits>
+PYOPS_INLINE Codes shifted_right(Codes v) {
+  return _mm256_srli_epi32(v, kBits);
+}
+PYOPS_INLINE Codes load_sums(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+PYOPS_INLINE void store_sums(int32_t* p, Codes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+#if defined(__AVXVNNI__)
+constexpr bool kDot = true;
+PYOPS_INLINE Codes accumulate(Codes sums, Codes codes, Codes q) { return _mm256_dpbusd_avx_epi32(sums, codes, q); }
+PYOPS_INLINE Codes widened(Codes sums) { return sums; }
+#else
+constexpr bool kDot = false;
+PYOPS_INLINE Codes accumulate(Codes sums, Codes codes, Codes q) {
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, q));
+}
+PYOPS_INLINE Codes widened(Codes sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+#endif
+#endif
+
+// The code of field j of a line, in every byte.
+#if defined(PYOPS_HAS_DOT)
+template <int kField>
+PYOPS_INLINE Codes field(Codes line) {
+  const Codes mask = broadcast_word(0x03030303);
+  if constexpr (kField == 0) return both(line, mask);
+  return both(shifted_right<2 * kField>(line), mask);
+}
+
+constexpr int kGroupVectors = kGroupRows / kVectorRows;
+constexpr int64_t kSteps16 = 64;
+
+// ---- a row group times a few tokens --------------------------------------------------------------------------
+
+template <int kTokens>
+PYOPS_INLINE void gemv_lines(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  // A chunk adds 4 products of pairs to a lane.
+  constexpr int64_t kBlock = kDot ? int64_t(1) << 30 : kSteps16 / 4;
+  for (int64_t begin = 0; begin < chunks; begin += kBlock) {
+    const int64_t end = chunks - begin < kBlock ? chunks : begin + kBlock;
+    Codes sums[kTokens][kGroupVectors] = {};
+    for (int64_t c = begin; c < end; ++c) {
+      for (int v = 0; v < kGroupVectors; ++v) {
+        const Codes line = load_codes(lines + c * kLineBytes + v * sizeof(Codes));
+        const Codes fields[4] = {field<0>(line), field<1>(line), field<2>(line), field<3>(line)};
+        for (int j = 0; j < 4; ++j) {
+          for (int t = 0; t < kTokens; ++t) {
+            const Codes word = broadcast_word(load_word(q + t * q_stride + 16 * c + 4 * j));
+            sums[t][v] = accumulate(sums[t][v], fields[j], word);
+          }
+        }
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int v = 0; v < kGroupVectors; ++v) {
+        int32_t* at = acc + t * kUnitRows + v * kVectorRows;
+        store_sums(at, add32(load_sums(at), widened(sums[t][v])));
+      }
+    }
+  }
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+// Sums of fields with factors 1, 4, 16, 64, one row per lane, added up without the factors.
+PYOPS_INLINE __m512i without_factors(const __m512i (&sums)[4]) {
+  const __m512i low = _mm512_add_epi32(sums[0], _mm512_maskz_srai_epi32(0xffff, sums[1], 2));
+  return _mm512_add_epi32(
+      low, _mm512_add_epi32(_mm512_maskz_srai_epi32(0xffff, sums[2], 4), _mm512_maskz_srai_epi32(0xffff, sums[3], 6)));
+}
+
+PYOPS_INLINE void add_to(int32_t* acc, __m512i sums) {
+  _mm512_storeu_si512(acc, _mm512_add_epi32(_mm512_loadu_si512(acc), sums));
+}
+
+// A factor of 64 leaves 31 - 6 - 1 - 7 bits for the number of terms.
+constexpr int64_t kBlockChunks = 4096;
+
+template <int kTokens>
+PYOPS_INLINE void gemv_t2_dot(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  constexpr int kUnroll = kTokens == 1 ? 2 : 1;  // sums in flight: a dot instruction takes 4 or 5 cycles
+  const __m512i masks[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
+                            _mm512_set1_epi8(char(0xc0))};
+  for (int64_t begin = 0; begin < chunks; begin += kBlockChunks) {
+    const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
+    __m512i sums[kUnroll][kTokens][4] = {};
+    const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
+      const __m512i line = _mm512_loadu_si512(lines + c * kLineBytes);
+      for (int j = 0; j < 4; ++j) {
+        const __m512i codes = _mm512_and_si512(line, masks[j]);
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512i word = _mm512_set1_epi32(load_word(q + t * q_stride + 16 * c + 4 * j));
+          sums[u][t][j] = _mm512_dpbusd_epi32(sums[u][t][j], codes, word);
+        }
+      }
+    };
+    int64_t c = begin;
+    for (; c + kUnroll <= end; c += kUnroll) {
+      for (int u = 0; u < kUnroll; ++u) chunk(c + u, u);
+    }
+    if (c < end) chunk(c, 0);
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int t = 0; t < kTokens; ++t) add_to(acc + t * kUnitRows, without_factors(sums[u][t]));
+    }
+  }
+}
+
+// The lower four trits of a byte below 81 as four 2-bit fields.
+struct TritTable {
+  alignas(64) uint8_t fields[128];
+  constexpr TritTable() : fields() {
+    for (int v = 0; v < 81; ++v) {
+      fields[v] = uint8_t(v % 3 | v / 3 % 3 << 2 | v / 9 % 3 << 4 | v / 27 % 3 << 6);
+    }
+  }
+};
+constexpr TritTable kTrits;
+
+template <int kTokens>
+PYOPS_INLINE void gemv_t5_dot(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int32_t* acc) {
+  constexpr int kUnroll = kTokens == 1 ? 2 : 1;
+  const __m512i masks[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
+                            _mm512_set1_epi8(char(0xc0))};
+  const __m512i low = _mm512_load_si512(kTrits.fields), high = _mm512_load_si512(kTrits.fields + 64);
+  const __m512i top = _mm512_set1_epi8(81);
+  for (int64_t begin = 0; begin < chunks; begin += kBlockChunks) {
+    const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
+    __m512i sums[kUnroll][kTokens][4] = {}, fifth[kUnroll][kTokens] = {};
+    const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
+      const __m512i byte = _mm512_loadu_si512(lines + c * kLineBytes);
+      // A subtraction that wraps is larger than what it came from: the minimum takes 81 off where it can, twice.
+      __m512i rest = _mm512_min_epu8(byte, _mm512_sub_epi8(byte, top));
+      rest = _mm512_min_epu8(rest, _mm512_sub_epi8(rest, top));
+      const __m512i line = _mm512_permutex2var_epi8(low, rest, high);
+      const __m512i last = _mm512_sub_epi8(byte, rest);  // 81 times the fifth trit
+      for (int t = 0; t < kTokens; ++t) {
+        const int8_t* words = q + t * q_stride + 20 * c;
+        for (int j = 0; j < 4; ++j) {
+          const __m512i codes = _mm512_and_si512(line, masks[j]);
+          sums[u][t][j] = _mm512_dpbusd_epi32(sums[u][t][j], codes, _mm512_set1_epi32(load_word(words + 4 * j)));
+        }
+        fifth[u][t] = _mm512_dpbusd_epi32(fifth[u][t], last, _mm512_set1_epi32(load_word(words + 16)));
+      }
+    };
+    int64_t c = begin;
+    for (; c + kUnroll <= end; c += kUnroll) {
+      for (int u = 0; u < kUnroll; ++u) chunk(c + u, u);
+    }
+    if (c < end) chunk(c, 0);
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int t = 0; t < kTokens; ++t) {
+        add_to(acc + t * kUnitRows, without_factors(sums[u][t]));
+        alignas(64) int32_t lanes[16];
+        _mm512_store_si512(lanes, fifth[u][t]);
+        for (int r = 0; r < 16; ++r) acc[t * kUnitRows + r] += lanes[r] / 81;  // exact
+      }
+    }
+  }
+}
+
+void gemv_t5(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc) {
+  if (tokens == 1) gemv_t5_dot<1>(lines, chunks, q, q_stride, acc);
+  if (tokens == 2) gemv_t5_dot<2>(lines, chunks, q, q_stride, acc);
+  if (tokens == 3) gemv_t5_dot<3>(lines, chunks, q, q_stride, acc);
+}
+#endif
+
+void gemv_t2(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc) {
+#if defined(__AVX512VNNI__)
+  if (tokens == 1) gemv_t2_dot<1>(lines, chunks, q, q_stride, acc);
+  if (tokens == 2) gemv_t2_dot<2>(lines, chunks, q, q_stride, acc);
+  if (tokens == 3) gemv_t2_dot<3>(lines, chunks, q, q_stride, acc);
+#elif defined(PYOPS_HAS_DOT)
+  if (tokens == 1) gemv_lines<1>(lines, chunks, q, q_stride, acc);
+  if (tokens == 2) gemv_lines<2>(lines, chunks, q, q_stride, acc);
+  if (tokens == 3) gemv_lines<3>(lines, chunks, q, q_stride, acc);
+#else
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int i = 0; i < kLineBytes; ++i) {
+      const uint8_t byte = lines[c * kLineBytes + i];
+      for (int t = 0; t < tokens; ++t) {
+        const int8_t* words = q + t * q_stride + 16 * c + i % 4;
+        acc[t * kUnitRows + i / 4] +=
+            (byte & 3) * words[0] + (byte >> 2 & 3) * words[4] + (byte >> 4 & 3) * words[8] + (byte >> 6) * words[12];
+      }
+    }
+  }
+#endif
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------
+
+void decode(const uint8_t* lines, int64_t chunks, uint8_t* codes) {
+#if defined(PYOPS_HAS_DOT)
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int v = 0; v < kGroupVectors; ++v) {
+      const Codes line = load_codes(lines + c * kLineBytes + v * sizeof(Codes));
+      uint8_t* at = codes + 4 * c * kLineBytes + v * sizeof(Codes);
+      store_codes(at, field<0>(line));
+      store_codes(at + kLineBytes, field<1>(line));
+      store_codes(at + 2 * kLineBytes, field<2>(line));
+      store_codes(at + 3 * kLineBytes, field<3>(line));
+    }
+  }
+#else
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < kLineBytes; ++i) {
+        codes[(4 * c + j) * kLineBytes + i] = lines[c * kLineBytes + i] >> 2 * j & 3;
+      }
+    }
+  }
+#endif
+}
+
+#if defined(PYOPS_HAS_DOT)
+// kVectors vectors of rows times kTokens tokens; all sums stay in registers. Two vectors are two row groups of 16
+// (AVX-512) or the two halves of one (AVX2).
+template <int kTokens, int kVectors, bool kFromLines>
+PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t chunks, const int8_t* panel, int32_t* acc) {
+  constexpr int64_t kBlock = kDot ? int64_t(1) << 30 : kSteps16 / 4;
+  for (int64_t begin = 0; begin < chunks; begin += kBlock) {
+    const int64_t end = chunks - begin < kBlock ? chunks : begin + kBlock;
+    Codes sums[kTokens][kVectors] = {};
+    const auto step = [&](const int8_t* q, const Codes(&codes)[2]) __attribute__((always_inline)) {
+      for (int t = 0; t < kTokens; ++t) {
+        const Codes word = broadcast_word(load_word(q + 4 * t));
+        for (int v = 0; v < kVectors; ++v) sums[t][v] = accumulate(sums[t][v], codes[v], word);
+      }
+    };
+    for (int64_t c = begin; c < end; ++c) {
+      const int8_t* q = panel + c * 16 * kTokens;
+      Codes codes[2];
+      if constexpr (kFromLines) {
+        Codes lines[2];
+        for (int v = 0; v < kVectors; ++v) lines[v] = load_codes(weights[v] + c * kLineBytes);
+        for (int v = 0; v < kVectors; ++v) codes[v] = field<0>(lines[v]);
+        step(q, codes);
+        for (int v = 0; v < kVectors; ++v) codes[v] = field<1>(lines[v]);
+        step(q + 4 * kTokens, codes);
+        for (int v = 0; v < kVectors; ++v) codes[v] = field<2>(lines[v]);
+        step(q + 8 * kTokens, codes);
+        for (int v = 0; v < kVectors; ++v) codes[v] = field<3>(lines[v]);
+        step(q + 12 * kTokens, codes);
+      } else {
+        for (int j = 0; j < 4; ++j) {
+          for (int v = 0; v < kVectors; ++v) codes[v] = load_codes(weights[v] + (4 * c + j) * kLineBytes);
+          step(q + 4 * j * kTokens, codes);
+        }
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int v = 0; v < kVectors; ++v) {
+        int32_t* at = acc + t * kUnitRows + v * kVectorRows;
+        store_sums(at, add32(load_sums(at), widened(sums[t][v])));
+      }
+    }
+  }
+}
+
+template <int kTokens, bool kFromLines>
+void unit(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int32_t* acc) {
+#if defined(__AVX512BW__)
+  if (second != nullptr) {
+    tile<kTokens, 2, kFromLines>({first, second}, chunks, panel, acc);
+  } else {
+    tile<kTokens, 1, kFromLines>({first, first}, chunks, panel, acc);
+  }
+#else
+  tile<kTokens, 2, kFromLines>({first, first + sizeof(Codes)}, chunks, panel, acc);
+  if (second == nullptr) return;
+  tile<kTokens, 2, kFromLines>({second, second + sizeof(Codes)}, chunks, panel, acc + kGroupRows);
+#endif
+}
+
+using Unit = void (*)(const uint8_t*, const uint8_t*, int64_t, const int8_t*, int32_t*);
+
+template <bool kFromLines>
+void tile_any(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int tokens,
+              int32_t* acc) {
+#if defined(__AVX512BW__)
+  static constexpr Unit units[] = {unit<1, kFromLines>,  unit<2, kFromLines>,  unit<3, kFromLines>,
+                                   unit<4, kFromLines>,  unit<5, kFromLines>,  unit<6, kFromLines>,
+                                   unit<7, kFromLines>,  unit<8, kFromLines>,  unit<9, kFromLines>,
+                                   unit<10, kFromLines>, unit<11, kFromLines>, unit<12, kFromLines>};
+#else
+  static constexpr Unit units[] = {unit<1, kFromLines>, unit<2, kFromLines>, unit<3, kFromLines>,
+                                   unit<4, kFromLines>, unit<5, kFromLines>, unit<6, kFromLines>};
+#endif
+  static_assert(sizeof(units) / sizeof(units[0]) == kTileTokens);
+  units[tokens - 1](first, second, chunks, panel, acc);
+}
+
+#else
+constexpr int kTileTokens = 4;
+
+template <bool kFromLines>
+void tile_any(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int tokens,
+              int32_t* acc) {
+  const uint8_t* groups[2] = {first, second};
+  for (int g = 0; g < 2 && groups[g] != nullptr; ++g) {
+    for (int64_t s = 0; s < 4 * chunks; ++s) {
+      const uint8_t* bytes = groups[g] + (kFromLines ? s / 4 : s) * kLineBytes;
+      const int shift = kFromLines ? 2 * int(s % 4) : 0;
+      for (int t = 0; t < tokens; ++t) {
+        const int8_t* q = panel + (s * tokens + t) * 4;
+        int32_t* sums = acc + t * kUnitRows + g * kGroupRows;
+        for (int r = 0; r < kGroupRows; ++r) {
+          const uint8_t* c = bytes + 4 * r;
+          sums[r] += (c[0] >> shift & 3) * q[0] + (c[1] >> shift & 3) * q[1] + (c[2] >> shift & 3) * q[2] +
+                     (c[3] >> shift & 3) * q[3];
+        }
+      }
+    }
+  }
+}
+#endif
+
+// ---- from integers to outputs ------------------------------------------------------------------------------------
+
+using Floats = Vector<float>;
+using Integers = VectorTypes<float>::integer;
+constexpr int kWidth = kLanes<float>;
+
+PYOPS_INLINE Floats integers_as_floats(const int32_t* acc, int32_t sum) {
+  Integers v;
+  __builtin_memcpy(&v, acc, sizeof(v));
+  return __builtin_convertvector(v - sum, Floats);
+}
+
+// Rows come in whole vectors in the accumulators; only the output may end earlier.
+template <class T, class Value>
+PYOPS_INLINE void store_rows(int64_t rows, void* out, Value value) {
+  T* y = static_cast<T*>(out);
+  int64_t r = 0;
+  for (; r + kWidth <= rows; r += kWidth) store(y + r, value(r));
+  if (r == rows) return;
+  const Floats last = value(r);
+  for (int64_t lane = 0; r + lane < rows; ++lane) narrow(float(last[lane]), y[r + lane]);
+}
+
+template <class T>
+void finish(const int32_t* acc, int32_t sum, float step, const float* gamma, const float* bias, int64_t rows,
+            void* out) {
+  store_rows<T>(rows, out, [=](int64_t r) __attribute__((always_inline)) {
+    const Floats y = integers_as_floats(acc + r, sum) * (load(gamma + r) * step);
+    return bias ? y + load(bias + r) : y;
+  });
+}
+
+void add_group(const int32_t* acc, int32_t sum, const float* gamma, int64_t rows, float* value) {
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    store(value + r, load(value + r) + integers_as_floats(acc + r, sum) * load(gamma + r));
+  }
+}
+
+template <class T>
+void finish_groups(const float* value, float step, const float* bias, int64_t rows, void* out) {
+  store_rows<T>(rows, out, [=](int64_t r) __attribute__((always_inline)) {
+    const Floats y = load(value + r) * step;
+    return bias ? y + load(bias + r) : y;
+  });
+}
+
+#if defined(__AVX512VNNI__)
+constexpr auto kGemvT5 = &gemv_t5;
+#else
+constexpr decltype(&gemv_t2) kGemvT5 = nullptr;
+#endif
+
+}  // namespace
+
+extern const IntegerProductKernels integer_product_kernels = {
+    &gemv_t2,
+    kGemvT5,
+    &decode,
+    &tile_any<true>,
+    &tile_any<false>,
+    kTileTokens,
+    {&finish<float>, nullptr, &finish<bfloat16>, &finish<float16>},
+    &add_group,
+    {&finish_groups<float>, nullptr, &finish_groups<bfloat16>, &finish_groups<float16>},
+};
+
+}  // namespace pyops::PYOPS_ISA

@@ -1,0 +1,530 @@
+// Products over row groups of ternary weights: what is shared by ternary_linear and bitlinear on the CPU.
+#include "ternary_product.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace pyops {
+namespace {
+
+int64_t at_least_1(int64_t value) { return value > 1 ? value : 1; }
+
+// Items per thread that make its start worth while, an item being `work` multiplications.
+int64_t grain(int64_t work) { return at_least_1((int64_t(1) << 20) / at_least_1(work)); }
+
+template <class T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+char* row_of(const Tensor& tensor, DType dtype, int64_t row, int64_t stride, int64_t column) {
+  return static_cast<char*>(tensor.mutable_data_ptr()) + (row * stride + column) * element_bytes(dtype);
+}
+
+const char* const_row_of(const Tensor& tensor, DType dtype, int64_t row, int64_t stride, int64_t column) {
+  return static_cast<const char*>(tensor.const_data_ptr()) + (row * stride + column) * element_bytes(dtype);
+}
+
+// gamma and bias of 32 output features as floats, padded: gamma [32] (or [groups][32]), bias [32] or null.
+struct UnitScales {
+  Scratch<float> gamma;
+  float bias_values[kUnitRows];
+  const float* bias = nullptr;
+  int64_t groups;
+
+  explicit UnitScales(int64_t groups_) : gamma(groups_ * kUnitRows), groups(groups_) {}
+
+  void load(const LinearArguments& arguments, const Tensor& all_gamma, const OptionalTensor& all_bias, int64_t begin,
+            int64_t rows) {
+    const float* values = pointer<float>(all_gamma);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t r = 0; r < kUnitRows; ++r) {
+        const int64_t n = begin + (r < rows ? r : rows - 1);
+        gamma[g * kUnitRows + r] = arguments.granularity == Granularity::tensor ? values[0] : values[n * groups + g];
+      }
+    }
+    if (!all_bias) return;
+    for (int64_t r = 0; r < kUnitRows; ++r) {
+      bias_values[r] = r < rows ? float(read_element(all_bias->const_data_ptr(), arguments.dtype, begin + r)) : 0;
+    }
+    bias = bias_values;
+  }
+};
+
+// The lines of two row groups: where they lie, or unpacked into scratch.
+class UnitLines {
+ public:
+  UnitLines(const LinearArguments& arguments, const Tensor& packed, std::atomic<bool>& bad)
+      : arguments_(arguments),
+        packed_(pointer<uint8_t>(packed)),
+        bad_(bad),
+        kernels_(PYOPS_SELECT(repack_kernels)),
+        bytes_(ceil_div(arguments.in_features, 16) * kLineBytes),
+        direct_(arguments.format == TernaryFormat::t2x16),
+        unpacked_(direct_ ? 0 : 2 * bytes_) {}
+
+  // Of row group `group` and the one after it; the second is null past the last.
+  void load(int64_t group) {
+    const int64_t groups = ceil_div(arguments_.out_features, kGroupRows);
+    for (int i = 0; i < 2; ++i) {
+      lines[i] = group + i >= groups ? nullptr : direct_ ? packed_ + (group + i) * bytes_ : unpack(group + i, i);
+    }
+  }
+
+  const uint8_t* lines[2];
+
+ private:
+  const uint8_t* unpack(int64_t group, int slot) {
+    uint8_t* out = unpacked_.get() + slot * bytes_;
+    const bool easy = arguments_.format == TernaryFormat::t2 || arguments_.format == TernaryFormat::t5 ||
+                      arguments_.format == TernaryFormat::t5x16;
+    if (easy) {
+      if (!kernels_.lines(arguments_.format, packed_, arguments_.out_features, arguments_.in_features, group, out)) {
+        bad_.store(true, std::memory_order_relaxed);
+      }
+      return out;
+    }
+    const int64_t padded = ceil_div(arguments_.in_features, 16) * 16;
+    Scratch<uint8_t> codes(padded);
+    for (int64_t r = 0; r < kGroupRows; ++r) {
+      std::memset(codes.get(), 1, size_t(padded));
+      const int64_t n = group * kGroupRows + r;
+      if (n < arguments_.out_features) {
+        kernels_.read_row(arguments_.format, packed_, arguments_.in_features, n, codes.get());
+        for (int64_t k = 0; k < arguments_.in_features; ++k) {
+          if (codes[k] > 2) {
+            bad_.store(true, std::memory_order_relaxed);
+            codes[k] = 1;
+          }
+        }
+      }
+      kernels_.write_row(TernaryFormat::t2x16, codes.get(), arguments_.in_features, r, out);
+    }
+    return out;
+  }
+
+  const LinearArguments& arguments_;
+  const uint8_t* packed_;
+  std::atomic<bool>& bad_;
+  const RepackKernels& kernels_;
+  int64_t bytes_;
+  bool direct_;
+  Scratch<uint8_t> unpacked_;
+};
+
+// Tokens cut into tiles of nearly equal size.
+struct Tiles {
+  int64_t tokens, count;
+  Tiles(int64_t tokens_, int most) : tokens(tokens_), count(ceil_div(tokens_, most)) {}
+  int64_t begin(int64_t tile) const { return tile * (tokens / count) + std::min(tile, tokens % count); }
+  int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
+};
+
+// The integers of all tokens in the order of tiles: [k / 4][tokens of the tile][4], k padded with zeros to a chunk.
+class TokenPanels {
+ public:
+  TokenPanels(const QuantizedTokens& tokens, const Tiles& tiles, int64_t in_features)
+      : steps_(ceil_div(in_features, 16) * 4), panels_(tiles.tokens * steps_ * 4), tiles_(tiles) {
+    torch::stable::parallel_for(0, tiles.count, grain(in_features * 16), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) fill(tokens, tile, in_features);
+    });
+  }
+  const int8_t* at(int64_t tile) const { return panels_.get() + tiles_.begin(tile) * steps_ * 4; }
+
+ private:
+  void fill(const QuantizedTokens& tokens, int64_t tile, int64_t in_features) {
+    const int64_t first = tiles_.begin(tile), size = tiles_.size(tile), whole = in_features / 4;
+    int8_t* panel = panels_.get() + first * steps_ * 4;
+    for (int64_t t = 0; t < size; ++t) {
+      const int8_t* q = tokens.q + (first + t) * tokens.stride;
+      for (int64_t s = 0; s < whole; ++s) std::memcpy(panel + (s * size + t) * 4, q + 4 * s, 4);
+      for (int64_t s = whole; s < steps_; ++s) std::memset(panel + (s * size + t) * 4, 0, 4);
+      if (in_features % 4) std::memcpy(panel + (whole * size + t) * 4, q + 4 * whole, size_t(in_features % 4));
+    }
+  }
+  int64_t steps_;
+  Scratch<int8_t> panels_;
+  Tiles tiles_;
+};
+
+// One call of integer_product: what all units need.
+struct IntegerCall {
+  const LinearArguments& arguments;
+  const QuantizedTokens& tokens;
+  const Tensor& packed;
+  const Tensor& gamma;
+  const OptionalTensor& bias;
+  const Tensor& y;
+  const IntegerProductKernels& kernels;
+  std::atomic<bool> bad{false};
+
+  int64_t out_dtype() const { return int64_t(arguments.out_dtype); }
+  char* output(int64_t token, int64_t begin) const {
+    return row_of(y, arguments.out_dtype, token, arguments.out_features, begin);
+  }
+  int64_t units() const { return ceil_div(arguments.out_features, kUnitRows); }
+  int64_t rows(int64_t unit) const { return std::min<int64_t>(kUnitRows, arguments.out_features - unit * kUnitRows); }
+};
+
+// A few tokens, the weights read once as they lie.
+void few_tokens(IntegerCall& call) {
+  const LinearArguments& arguments = call.arguments;
+  const bool fives = arguments.format == TernaryFormat::t5x16 && call.kernels.gemv_t5 != nullptr;
+  const int64_t chunk = fives ? 20 : 16, chunks = ceil_div(arguments.in_features, chunk), stride = chunks * chunk;
+  const int tokens = int(arguments.tokens);
+  Scratch<int8_t> padded(tokens * stride);
+  for (int t = 0; t < tokens; ++t) {
+    std::memcpy(padded.get() + t * stride, call.tokens.q + t * call.tokens.stride, size_t(arguments.in_features));
+    std::memset(padded.get() + t * stride + arguments.in_features, 0, size_t(stride - arguments.in_features));
+  }
+  const auto gemv = fives ? call.kernels.gemv_t5 : call.kernels.gemv_t2;
+  const auto work = [&](int64_t begin, int64_t end) {
+    UnitLines lines(arguments, call.packed, call.bad);
+    UnitScales scales(1);
+    alignas(64) int32_t acc[kGemvTokens * kUnitRows];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t rows = call.rows(unit);
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
+      std::memset(acc, 0, sizeof(acc));
+      if (fives) {
+        for (int64_t g = 0; g * kGroupRows < rows; ++g) {
+          const uint8_t* from = pointer<uint8_t>(call.packed) + (2 * unit + g) * chunks * kLineBytes;
+          gemv(from, chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
+        }
+      } else {
+        lines.load(2 * unit);
+        for (int g = 0; g < 2 && lines.lines[g] != nullptr; ++g) {
+          gemv(lines.lines[g], chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
+        }
+      }
+      for (int t = 0; t < tokens; ++t) {
+        call.kernels.finish[call.out_dtype()](acc + t * kUnitRows, call.tokens.sum[t], call.tokens.step[t],
+                                              scales.gamma.get(), scales.bias, rows, call.output(t, unit * kUnitRows));
+      }
+    }
+  };
+  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * 4), work);
+}
+
+// Many tokens: tiles of them against units of decoded weights.
+void many_tokens(IntegerCall& call) {
+  const LinearArguments& arguments = call.arguments;
+  const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
+  const TokenPanels panels(call.tokens, tiles, arguments.in_features);
+  const int64_t chunks = ceil_div(arguments.in_features, 16);
+  const bool decoded = tiles.count > 1;
+  const auto work = [&](int64_t begin, int64_t end) {
+    UnitLines lines(arguments, call.packed, call.bad);
+    UnitScales scales(1);
+    Scratch<uint8_t> codes(decoded ? 2 * 4 * chunks * kLineBytes : 0);
+    alignas(64) int32_t acc[kMostTileTokens * kUnitRows];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t rows = call.rows(unit);
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
+      lines.load(2 * unit);
+      const uint8_t* weights[2] = {lines.lines[0], lines.lines[1]};
+      if (decoded) {
+        for (int g = 0; g < 2 && weights[g] != nullptr; ++g) {
+          uint8_t* out = codes.get() + g * 4 * chunks * kLineBytes;
+          call.kernels.decode(weights[g], chunks, out);
+          weights[g] = out;
+        }
+      }
+      const auto tile_kernel = decoded ? call.kernels.tile_codes : call.kernels.tile_lines;
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int size = tiles.size(tile);
+        std::memset(acc, 0, size_t(size) * kUnitRows * sizeof(int32_t));
+        tile_kernel(weights[0], weights[1], chunks, panels.at(tile), size, acc);
+        for (int t = 0; t < size; ++t) {
+          const int64_t token = tiles.begin(tile) + t;
+          call.kernels.finish[call.out_dtype()](acc + t * kUnitRows, call.tokens.sum[token], call.tokens.step[token],
+                                                scales.gamma.get(), scales.bias, rows,
+                                                call.output(token, unit * kUnitRows));
+        }
+      }
+    }
+  };
+  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * arguments.tokens), work);
+}
+
+// gamma for each 256 in_features: the sums of one group are integers, those of groups floats.
+void grouped(IntegerCall& call) {
+  const LinearArguments& arguments = call.arguments;
+  const int64_t groups = arguments.in_features / kTernaryGroup, chunks = kTernaryGroup / 16;
+  const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
+  const TokenPanels panels(call.tokens, tiles, arguments.in_features);
+  Scratch<int32_t> sums(arguments.tokens * groups);
+  for (int64_t i = 0; i < arguments.tokens * groups; ++i) {
+    const int8_t* q = call.tokens.q + i / groups * call.tokens.stride + i % groups * kTernaryGroup;
+    int32_t sum = 0;
+    for (int k = 0; k < kTernaryGroup; ++k) sum += q[k];
+    sums[i] = sum;
+  }
+  const auto work = [&](int64_t begin, int64_t end) {
+    UnitLines lines(arguments, call.packed, call.bad);
+    UnitScales scales(groups);
+    alignas(64) int32_t acc[kMostTileTokens * kUnitRows];
+    alignas(64) float values[kMostTileTokens * kUnitRows];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t rows = call.rows(unit);
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
+      lines.load(2 * unit);
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int size = tiles.size(tile);
+        std::memset(values, 0, size_t(size) * kUnitRows * sizeof(float));
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t offset = g * chunks * kLineBytes;
+          std::memset(acc, 0, size_t(size) * kUnitRows * sizeof(int32_t));
+          call.kernels.tile_lines(lines.lines[0] + offset, lines.lines[1] ? lines.lines[1] + offset : nullptr, chunks,
+                                  panels.at(tile) + g * kTernaryGroup * size, size, acc);
+          for (int t = 0; t < size; ++t) {
+            call.kernels.add_group(acc + t * kUnitRows, sums[(tiles.begin(tile) + t) * groups + g],
+                                   scales.gamma.get() + g * kUnitRows, kUnitRows, values + t * kUnitRows);
+          }
+        }
+        for (int t = 0; t < size; ++t) {
+          const int64_t token = tiles.begin(tile) + t;
+          call.kernels.finish_groups[call.out_dtype()](values + t * kUnitRows, call.tokens.step[token], scales.bias,
+                                                       rows, call.output(token, unit * kUnitRows));
+        }
+      }
+    }
+  };
+  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * arguments.tokens), work);
+}
+
+}  // namespace
+
+void reject_first_bad_code(const char* op, const char* argument, TernaryFormat format, const void* packed,
+                           int64_t out_features, int64_t in_features) {
+  const RepackKernels& kernels = PYOPS_SELECT(repack_kernels);
+  Scratch<uint8_t> codes(in_features);
+  for (int64_t n = 0; n < out_features; ++n) {
+    kernels.read_row(format, packed, in_features, n, codes.get());
+    for (int64_t k = 0; k < in_features; ++k) {
+      if (codes[k] <= 2) continue;
+      const uint8_t byte = static_cast<const uint8_t*>(packed)[code_place(format, in_features, n, k).byte];
+      const bool whole_byte = codes_per_byte(format) == 5;
+      reject_code(op, argument, format, n, k,
+                  format == TernaryFormat::int8 ? int(int8_t(byte))
+                  : whole_byte                  ? int(byte)
+                                                : int(codes[k]));
+    }
+  }
+  throw std::logic_error("pyops: weights were changed while they were read");
+}
+
+void quantize_tokens(const Tensor& x, DType dtype, float qmax, float eps, const QuantizedTokens& tokens) {
+  const auto quantize = PYOPS_SELECT(quantize_activation_kernels).quantize[int(dtype)];
+  const int64_t in_features = x.size(1), stride = x.stride(0);
+  torch::stable::parallel_for(0, x.size(0), grain(8 * in_features), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const TokenScale scale =
+          quantize(const_row_of(x, dtype, token, stride, 0), in_features, qmax, eps, tokens.q + token * tokens.stride);
+      tokens.step[token] = scale.step;
+      tokens.sum[token] = scale.sum;
+    }
+  });
+}
+
+void integer_product(const LinearArguments& arguments, const QuantizedTokens& tokens, const Tensor& packed,
+                     const Tensor& gamma, const OptionalTensor& bias, const Tensor& y) {
+  if (arguments.tokens == 0 || arguments.out_features == 0) return;
+  IntegerCall call{arguments, tokens, packed, gamma, bias, y, PYOPS_SELECT_PRODUCT(integer_product_kernels)};
+  if (arguments.granularity == Granularity::group) {
+    grouped(call);
+  } else if (arguments.tokens <= kGemvTokens) {
+    few_tokens(call);
+  } else {
+    many_tokens(call);
+  }
+  if (call.bad) {
+    reject_first_bad_code(arguments.op, "packed", arguments.format, packed.const_data_ptr(), arguments.out_features,
+                          arguments.in_features);
+  }
+}
+
+// ---- products of floats ----------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t kDepth = 256;                     // of B that is packed at a time: 32 KB per 32 columns
+constexpr int64_t kColumns = 128;                   // of C per task
+constexpr int64_t kPanelBytes = int64_t(16) << 20;  // of A that is packed at a time
+
+// C = A B from functions that pack panels and take finished stretches of rows. Sums run over the depth in blocks of
+// kDepth in order, whatever the number of threads.
+//   pack_a(row, rows, a)              all the depth of some rows
+//   pack_b(column, begin, depth, b)   one panel of B, as wide as a tile
+//   finish(row, column, count, c)     a stretch of one row of C
+template <class PackA, class PackB, class Finish>
+void float_product(int64_t rows, int64_t columns, int64_t depth, const FloatProductKernels& kernels, PackA pack_a,
+                   PackB pack_b, Finish finish) {
+  const int64_t most = std::max<int64_t>(kPanelBytes / (at_least_1(depth) * int64_t(sizeof(float))), kernels.rows);
+  const int64_t block_rows = std::min(rows, most / kernels.rows * kernels.rows);
+  Scratch<float> a(ceil_div(block_rows, kernels.rows) * kernels.rows * depth);
+  for (int64_t first = 0; first < rows; first += block_rows) {
+    const int64_t here = std::min(block_rows, rows - first), tiles = ceil_div(here, kernels.rows);
+    torch::stable::parallel_for(0, tiles, grain(depth * 64), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t row = tile * kernels.rows;
+        pack_a(first + row, int(std::min<int64_t>(kernels.rows, here - row)), a.get() + row * depth);
+      }
+    });
+    const int64_t tasks = ceil_div(columns, kColumns);
+    torch::stable::parallel_for(0, tasks, grain(here * depth * kColumns), [&](int64_t begin, int64_t end) {
+      Scratch<float> b(kDepth * kColumns), c(here * kColumns);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t column = task * kColumns, width = std::min(kColumns, columns - column);
+        std::memset(c.get(), 0, size_t(here * kColumns) * sizeof(float));
+        for (int64_t d = 0; d < depth; d += kDepth) {
+          const int64_t size = std::min(kDepth, depth - d);
+          for (int64_t j = 0; j < width; j += kernels.columns) pack_b(column + j, d, size, b.get() + j * kDepth);
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t row = tile * kernels.rows;
+            const int count = int(std::min<int64_t>(kernels.rows, here - row));
+            const float* panel = a.get() + row * depth + d * count;
+            for (int64_t j = 0; j < width; j += kernels.columns) {
+              kernels.tile(panel, b.get() + j * kDepth, size, count, c.get() + row * kColumns + j, kColumns);
+            }
+          }
+        }
+        for (int64_t row = 0; row < here; ++row) finish(first + row, column, width, c.get() + row * kColumns);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void float_linear(const LinearArguments& arguments, const Tensor& x, const Tensor& packed, const Tensor& gamma,
+                  const OptionalTensor& bias, const Tensor& y) {
+  const int64_t out_features = arguments.out_features, in_features = arguments.in_features;
+  if (arguments.tokens == 0 || out_features == 0) return;
+  const FloatProductKernels& kernels = PYOPS_SELECT_PRODUCT(float_product_kernels);
+  const IntegerProductKernels& codes_of = PYOPS_SELECT_PRODUCT(integer_product_kernels);
+  // All codes as bytes, a quarter of the size of float weights.
+  const int64_t chunks = ceil_div(in_features, 16), groups = ceil_div(out_features, kGroupRows);
+  const int64_t group_bytes = 4 * chunks * kLineBytes;
+  Scratch<uint8_t> codes(groups * group_bytes);
+  std::atomic<bool> bad{false};
+  torch::stable::parallel_for(0, ceil_div(groups, 2), grain(in_features * 64), [&](int64_t begin, int64_t end) {
+    UnitLines lines(arguments, packed, bad);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      lines.load(2 * unit);
+      for (int g = 0; g < 2 && lines.lines[g] != nullptr; ++g) {
+        codes_of.decode(lines.lines[g], chunks, codes.get() + (2 * unit + g) * group_bytes);
+      }
+    }
+  });
+  if (bad) {
+    reject_first_bad_code(arguments.op, "packed", arguments.format, packed.const_data_ptr(), out_features, in_features);
+  }
+  const float* scales = pointer<float>(gamma);
+  const bool grouped = arguments.granularity == Granularity::group;
+  Scratch<float> row_gamma(out_features), row_bias(bias ? out_features : 0);
+  for (int64_t n = 0; n < out_features; ++n) {
+    row_gamma[n] = arguments.granularity == Granularity::tensor ? scales[0] : grouped ? 1.0f : scales[n];
+    if (bias) row_bias[n] = float(read_element(bias->const_data_ptr(), arguments.dtype, n));
+  }
+  const auto pack_x = kernels.pack_along_depth[int(arguments.dtype)];
+  const auto finish = kernels.finish[int(arguments.out_dtype)];
+  float_product(
+      arguments.tokens, out_features, in_features, kernels,
+      [&](int64_t row, int rows, float* a) {
+        pack_x(const_row_of(x, arguments.dtype, row, x.stride(0), 0), x.stride(0), rows, in_features, nullptr, a);
+      },
+      [&](int64_t column, int64_t begin, int64_t depth, float* b) {
+        const int64_t group = column / kGroupRows;
+        const uint8_t* first = codes.get() + group * group_bytes;
+        kernels.decode_columns(first, group + 1 < groups ? first + group_bytes : nullptr, int(column % kGroupRows),
+                               begin, depth, b);
+        if (!grouped) return;
+        const int64_t width = std::min<int64_t>(kernels.columns, out_features - column);
+        for (int64_t d = 0; d < depth; ++d) {
+          for (int64_t j = 0; j < width; ++j) {
+            b[d * kernels.columns + j] *=
+                scales[(column + j) * (in_features / kTernaryGroup) + (begin + d) / kTernaryGroup];
+          }
+        }
+      },
+      [&](int64_t row, int64_t column, int64_t count, const float* c) {
+        finish(c, row_gamma.get() + column, bias ? row_bias.get() + column : nullptr, count,
+               row_of(y, arguments.out_dtype, row, out_features, column));
+      });
+}
+
+void float_backward_input(const LinearArguments& arguments, const Tensor& grad, const Tensor& packed_in,
+                          const Tensor& gamma, const Tensor& dx) {
+  const int64_t out_features = arguments.out_features, in_features = arguments.in_features;
+  if (arguments.tokens == 0 || in_features == 0) return;
+  const FloatProductKernels& kernels = PYOPS_SELECT_PRODUCT(float_product_kernels);
+  const RepackKernels& repack = PYOPS_SELECT(repack_kernels);
+  // Rows of t2 are what the panels are decoded from; other formats are brought there first.
+  const int64_t row_bytes = ceil_div(in_features, 4);
+  const bool direct = arguments.format == TernaryFormat::t2;
+  Scratch<uint8_t> rows(direct ? 0 : out_features * row_bytes);
+  std::atomic<bool> bad{false};
+  torch::stable::parallel_for(0, out_features, grain(in_features * 4), [&](int64_t begin, int64_t end) {
+    Scratch<uint8_t> codes(4 * row_bytes);
+    for (int64_t n = begin; n < end; ++n) {
+      std::memset(codes.get(), 1, size_t(4 * row_bytes));
+      repack.read_row(arguments.format, packed_in.const_data_ptr(), in_features, n, codes.get());
+      uint8_t largest = 0;
+      for (int64_t k = 0; k < in_features; ++k) largest = std::max(largest, codes[k]);
+      if (largest > 2) bad.store(true, std::memory_order_relaxed);
+      if (!direct) repack.write_row(TernaryFormat::t2, codes.get(), in_features, n, rows.get());
+    }
+  });
+  if (bad) {
+    reject_first_bad_code(arguments.op, "packed", arguments.format, packed_in.const_data_ptr(), out_features,
+                          in_features);
+  }
+  const uint8_t* packed = direct ? pointer<uint8_t>(packed_in) : rows.get();
+  const float* scales = pointer<float>(gamma);
+  const bool grouped = arguments.granularity == Granularity::group;
+  Scratch<float> row_gamma(out_features);
+  for (int64_t n = 0; n < out_features; ++n) {
+    row_gamma[n] = arguments.granularity == Granularity::tensor ? scales[0] : grouped ? 1.0f : scales[n];
+  }
+  const auto pack_grad = kernels.pack_along_depth[int(arguments.dtype)];
+  const auto finish = kernels.finish[int(arguments.out_dtype)];
+  float_product(
+      arguments.tokens, in_features, out_features, kernels,
+      [&](int64_t row, int rows_here, float* a) {
+        pack_grad(const_row_of(grad, arguments.dtype, row, grad.stride(0), 0), grad.stride(0), rows_here, out_features,
+                  row_gamma.get(), a);
+      },
+      [&](int64_t column, int64_t begin, int64_t depth, float* b) {
+        const int64_t groups = in_features / kTernaryGroup;
+        kernels.decode_rows(packed + begin * row_bytes + column / 4, row_bytes, row_bytes - column / 4, depth,
+                            grouped ? scales + begin * groups + column / kTernaryGroup : nullptr, groups, b);
+      },
+      [&](int64_t row, int64_t column, int64_t count, const float* c) {
+        finish(c, nullptr, nullptr, count, row_of(dx, arguments.out_dtype, row, in_features, column));
+      });
+}
+
+void float_backward_weight(const WeightGradientArguments& arguments, const Tensor& grad, const Tensor& q,
+                           const Tensor& step, const Tensor& dw) {
+  if (arguments.out_features == 0 || arguments.in_features == 0) return;
+  const FloatProductKernels& kernels = PYOPS_SELECT_PRODUCT(float_product_kernels);
+  const auto pack_grad = kernels.pack_across_depth[int(arguments.dtype)];
+  const auto finish = kernels.finish[int(arguments.out_dtype)];
+  const int8_t* integers = pointer<int8_t>(q);
+  const int64_t q_stride = q.stride(0);
+  float_product(
+      arguments.out_features, arguments.in_features, arguments.tokens, kernels,
+      [&](int64_t row, int rows, float* a) {
+        pack_grad(const_row_of(grad, arguments.dtype, 0, 0, row), grad.stride(0), rows, arguments.tokens,
+                  pointer<float>(step), a);
+      },
+      [&](int64_t column, int64_t begin, int64_t depth, float* b) {
+        kernels.widen_rows(integers + begin * q_stride + column, q_stride, arguments.in_features - column, depth, b);
+      },
+      [&](int64_t row, int64_t column, int64_t count, const float* c) {
+        finish(c, nullptr, nullptr, count, row_of(dw, arguments.out_dtype, row, arguments.in_features, column));
+      });
+}
+
+}  // namespace pyops
