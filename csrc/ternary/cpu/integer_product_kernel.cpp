@@ -146,6 +146,7 @@ PYOPS_INLINE void gemv_t2_dot(const uint8_t* lines, int64_t chunks, const int8_t
     const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
     __m512i sums[kUnroll][kTokens][4] = {};
     const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
+      prefetch_ahead(lines + c * kLineBytes);
       const __m512i line = _mm512_loadu_si512(lines + c * kLineBytes);
       for (int j = 0; j < 4; ++j) {
         const __m512i codes = _mm512_and_si512(line, masks[j]);
@@ -188,6 +189,7 @@ PYOPS_INLINE void gemv_t5_dot(const uint8_t* lines, int64_t chunks, const int8_t
     const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
     __m512i sums[kUnroll][kTokens][4] = {}, fifth[kUnroll][kTokens] = {};
     const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
+      prefetch_ahead(lines + c * kLineBytes);
       const __m512i byte = _mm512_loadu_si512(lines + c * kLineBytes);
       // A subtraction that wraps is larger than what it came from: the minimum takes 81 off where it can, twice.
       __m512i rest = _mm512_min_epu8(byte, _mm512_sub_epi8(byte, top));
@@ -283,6 +285,11 @@ PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t chunks, const
   for (int64_t begin = 0; begin < chunks; begin += kBlock) {
     const int64_t end = chunks - begin < kBlock ? chunks : begin + kBlock;
     Codes sums[kTokens][kVectors] = {};
+    if constexpr (kDot) {  // sums continue; without a dot instruction they are of 16 bits
+      for (int t = 0; t < kTokens; ++t) {
+        for (int v = 0; v < kVectors; ++v) sums[t][v] = load_sums(acc + t * kUnitRows + v * kVectorRows);
+      }
+    }
     const auto step = [&](const int8_t* q, const Codes(&codes)[2]) __attribute__((always_inline)) {
       for (int t = 0; t < kTokens; ++t) {
         const Codes word = broadcast_word(load_word(q + 4 * t));
@@ -313,7 +320,7 @@ PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t chunks, const
     for (int t = 0; t < kTokens; ++t) {
       for (int v = 0; v < kVectors; ++v) {
         int32_t* at = acc + t * kUnitRows + v * kVectorRows;
-        store_sums(at, add32(load_sums(at), widened(sums[t][v])));
+        store_sums(at, kDot ? sums[t][v] : add32(load_sums(at), widened(sums[t][v])));
       }
     }
   }

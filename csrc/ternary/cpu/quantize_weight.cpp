@@ -64,7 +64,7 @@ std::pair<int32_t, int32_t> bracket(const Stretches& stretches, int64_t n, DType
   // The rank of the median in a sample of s has a standard deviation of at most sqrt(s) / 2 = 64: take six.
   const size_t low = size_t(kSample / 2 - 6 * 64), high = size_t(kSample / 2 + 6 * 64);
   std::nth_element(sample.begin(), sample.begin() + ptrdiff_t(low), sample.end());
-  std::nth_element(sample.begin() + ptrdiff_t(low), sample.begin() + ptrdiff_t(high), sample.end());
+  std::nth_element(sample.begin() + ptrdiff_t(low) + 1, sample.begin() + ptrdiff_t(high), sample.end());
   return {sample[low], sample[high]};
 }
 

@@ -135,11 +135,13 @@ class TokenPanels {
   void fill(const QuantizedTokens& tokens, int64_t tile, int64_t in_features) {
     const int64_t first = tiles_.begin(tile), size = tiles_.size(tile), whole = in_features / 4;
     int8_t* panel = panels_.get() + first * steps_ * 4;
-    for (int64_t t = 0; t < size; ++t) {
-      const int8_t* q = tokens.q + (first + t) * tokens.stride;
-      for (int64_t s = 0; s < whole; ++s) std::memcpy(panel + (s * size + t) * 4, q + 4 * s, 4);
-      for (int64_t s = whole; s < steps_; ++s) std::memset(panel + (s * size + t) * 4, 0, 4);
-      if (in_features % 4) std::memcpy(panel + (whole * size + t) * 4, q + 4 * whole, size_t(in_features % 4));
+    const int8_t* q = tokens.q + first * tokens.stride;
+    for (int64_t s = 0; s < whole; ++s) {
+      for (int64_t t = 0; t < size; ++t) std::memcpy(panel + (s * size + t) * 4, q + t * tokens.stride + 4 * s, 4);
+    }
+    std::memset(panel + whole * size * 4, 0, size_t((steps_ - whole) * size * 4));
+    for (int64_t t = 0; t < size && in_features % 4; ++t) {
+      std::memcpy(panel + (whole * size + t) * 4, q + t * tokens.stride + 4 * whole, size_t(in_features % 4));
     }
   }
   int64_t steps_;
@@ -158,12 +160,19 @@ struct IntegerCall {
   const IntegerProductKernels& kernels;
   std::atomic<bool> bad{false};
 
-  int64_t out_dtype() const { return int64_t(arguments.out_dtype); }
   char* output(int64_t token, int64_t begin) const {
     return row_of(y, arguments.out_dtype, token, arguments.out_features, begin);
   }
   int64_t units() const { return ceil_div(arguments.out_features, kUnitRows); }
   int64_t rows(int64_t unit) const { return std::min<int64_t>(kUnitRows, arguments.out_features - unit * kUnitRows); }
+  // The outputs of a unit for tokens in [first, last) from their accumulators.
+  void finish(int64_t unit, int64_t first, int64_t last, const int32_t* acc, const UnitScales& scales) const {
+    const auto kernel = kernels.finish[int(arguments.out_dtype)];
+    for (int64_t token = first; token < last; ++token, acc += kUnitRows) {
+      kernel(acc, tokens.sum[token], tokens.step[token], scales.gamma.get(), scales.bias, rows(unit),
+             output(token, unit * kUnitRows));
+    }
+  }
 };
 
 // A few tokens, the weights read once as they lie.
@@ -197,51 +206,63 @@ void few_tokens(IntegerCall& call) {
           gemv(lines.lines[g], chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
         }
       }
-      for (int t = 0; t < tokens; ++t) {
-        call.kernels.finish[call.out_dtype()](acc + t * kUnitRows, call.tokens.sum[t], call.tokens.step[t],
-                                              scales.gamma.get(), scales.bias, rows, call.output(t, unit * kUnitRows));
-      }
+      call.finish(unit, 0, tokens, acc, scales);
     }
   };
   torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * 4), work);
 }
 
-// Many tokens: tiles of them against units of decoded weights.
-void many_tokens(IntegerCall& call) {
+// Up to a tile of tokens: the weights are decoded in registers, once.
+void one_tile(IntegerCall& call) {
   const LinearArguments& arguments = call.arguments;
   const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
   const TokenPanels panels(call.tokens, tiles, arguments.in_features);
   const int64_t chunks = ceil_div(arguments.in_features, 16);
-  const bool decoded = tiles.count > 1;
   const auto work = [&](int64_t begin, int64_t end) {
     UnitLines lines(arguments, call.packed, call.bad);
     UnitScales scales(1);
-    Scratch<uint8_t> codes(decoded ? 2 * 4 * chunks * kLineBytes : 0);
     alignas(64) int32_t acc[kMostTileTokens * kUnitRows];
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t rows = call.rows(unit);
-      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, call.rows(unit));
       lines.load(2 * unit);
-      const uint8_t* weights[2] = {lines.lines[0], lines.lines[1]};
-      if (decoded) {
-        for (int g = 0; g < 2 && weights[g] != nullptr; ++g) {
-          uint8_t* out = codes.get() + g * 4 * chunks * kLineBytes;
-          call.kernels.decode(weights[g], chunks, out);
-          weights[g] = out;
+      std::memset(acc, 0, sizeof(acc));
+      call.kernels.tile_lines(lines.lines[0], lines.lines[1], chunks, panels.at(0), tiles.size(0), acc);
+      call.finish(unit, 0, arguments.tokens, acc, scales);
+    }
+  };
+  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * arguments.tokens), work);
+}
+
+// Many tokens: weights of a unit are decoded to bytes, as many k at a time as stay in the first-level cache (kChunks),
+// and meet all tiles of tokens there.
+void many_tokens(IntegerCall& call) {
+  constexpr int64_t kChunks = 32;  // 16 KB of codes for two row groups
+  const LinearArguments& arguments = call.arguments;
+  const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
+  const TokenPanels panels(call.tokens, tiles, arguments.in_features);
+  const int64_t chunks = ceil_div(arguments.in_features, 16);
+  const auto work = [&](int64_t begin, int64_t end) {
+    UnitLines lines(arguments, call.packed, call.bad);
+    UnitScales scales(1);
+    Scratch<uint8_t> codes(2 * 4 * kChunks * kLineBytes);
+    Scratch<int32_t> acc(arguments.tokens * kUnitRows);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, call.rows(unit));
+      lines.load(2 * unit);
+      std::memset(acc.get(), 0, size_t(arguments.tokens) * kUnitRows * sizeof(int32_t));
+      for (int64_t c = 0; c < chunks; c += kChunks) {
+        const int64_t size = std::min(kChunks, chunks - c);
+        uint8_t* decoded[2] = {codes.get(), lines.lines[1] ? codes.get() + 4 * kChunks * kLineBytes : nullptr};
+        for (int g = 0; g < 2 && decoded[g] != nullptr; ++g) {
+          call.kernels.decode(lines.lines[g] + c * kLineBytes, size, decoded[g]);
+        }
+        for (int64_t tile = 0; tile < tiles.count; ++tile) {
+          const int8_t* panel = panels.at(tile) + c * 16 * tiles.size(tile);
+          call.kernels.tile_codes(decoded[0], decoded[1], size, panel, tiles.size(tile),
+                                  acc.get() + tiles.begin(tile) * kUnitRows);
         }
       }
-      const auto tile_kernel = decoded ? call.kernels.tile_codes : call.kernels.tile_lines;
-      for (int64_t tile = 0; tile < tiles.count; ++tile) {
-        const int size = tiles.size(tile);
-        std::memset(acc, 0, size_t(size) * kUnitRows * sizeof(int32_t));
-        tile_kernel(weights[0], weights[1], chunks, panels.at(tile), size, acc);
-        for (int t = 0; t < size; ++t) {
-          const int64_t token = tiles.begin(tile) + t;
-          call.kernels.finish[call.out_dtype()](acc + t * kUnitRows, call.tokens.sum[token], call.tokens.step[token],
-                                                scales.gamma.get(), scales.bias, rows,
-                                                call.output(token, unit * kUnitRows));
-        }
-      }
+      call.finish(unit, 0, arguments.tokens, acc.get(), scales);
     }
   };
   torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * arguments.tokens), work);
@@ -284,8 +305,8 @@ void grouped(IntegerCall& call) {
         }
         for (int t = 0; t < size; ++t) {
           const int64_t token = tiles.begin(tile) + t;
-          call.kernels.finish_groups[call.out_dtype()](values + t * kUnitRows, call.tokens.step[token], scales.bias,
-                                                       rows, call.output(token, unit * kUnitRows));
+          call.kernels.finish_groups[int(arguments.out_dtype)](values + t * kUnitRows, call.tokens.step[token],
+                                                               scales.bias, rows, call.output(token, unit * kUnitRows));
         }
       }
     }
@@ -335,6 +356,8 @@ void integer_product(const LinearArguments& arguments, const QuantizedTokens& to
     grouped(call);
   } else if (arguments.tokens <= kGemvTokens) {
     few_tokens(call);
+  } else if (arguments.tokens <= call.kernels.tile_tokens) {
+    one_tile(call);
   } else {
     many_tokens(call);
   }
@@ -348,9 +371,11 @@ void integer_product(const LinearArguments& arguments, const QuantizedTokens& to
 
 namespace {
 
-constexpr int64_t kDepth = 256;                     // of B that is packed at a time: 32 KB per 32 columns
+constexpr int64_t kDepth = 256;                     // of a panel: 32 KB of B per 32 columns
 constexpr int64_t kColumns = 128;                   // of C per task
+constexpr int64_t kTaskRows = 1020;                 // of C per task: 510 KB of sums
 constexpr int64_t kPanelBytes = int64_t(16) << 20;  // of A that is packed at a time
+constexpr int64_t kKeptDepth = 1024;                // up to here B is packed once for all rows: 512 KB
 
 // C = A B from functions that pack panels and take finished stretches of rows. Sums run over the depth in blocks of
 // kDepth in order, whatever the number of threads.
@@ -373,23 +398,32 @@ void float_product(int64_t rows, int64_t columns, int64_t depth, const FloatProd
     });
     const int64_t tasks = ceil_div(columns, kColumns);
     torch::stable::parallel_for(0, tasks, grain(here * depth * kColumns), [&](int64_t begin, int64_t end) {
-      Scratch<float> b(kDepth * kColumns), c(here * kColumns);
+      const int64_t most_rows = std::min(here, kTaskRows / kernels.rows * kernels.rows);
+      const bool keep = depth <= kKeptDepth;
+      Scratch<float> b((keep ? ceil_div(depth, kDepth) : 1) * kDepth * kColumns), c(most_rows * kColumns);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t column = task * kColumns, width = std::min(kColumns, columns - column);
-        std::memset(c.get(), 0, size_t(here * kColumns) * sizeof(float));
-        for (int64_t d = 0; d < depth; d += kDepth) {
-          const int64_t size = std::min(kDepth, depth - d);
-          for (int64_t j = 0; j < width; j += kernels.columns) pack_b(column + j, d, size, b.get() + j * kDepth);
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t row = tile * kernels.rows;
-            const int count = int(std::min<int64_t>(kernels.rows, here - row));
-            const float* panel = a.get() + row * depth + d * count;
-            for (int64_t j = 0; j < width; j += kernels.columns) {
-              kernels.tile(panel, b.get() + j * kDepth, size, count, c.get() + row * kColumns + j, kColumns);
+        for (int64_t top = 0; top < here; top += most_rows) {
+          const int64_t bottom = std::min(here, top + most_rows);
+          std::memset(c.get(), 0, size_t((bottom - top) * kColumns) * sizeof(float));
+          for (int64_t d = 0; d < depth; d += kDepth) {
+            const int64_t size = std::min(kDepth, depth - d);
+            float* panels = b.get() + (keep ? d * kColumns : 0);
+            for (int64_t j = 0; j < width && (top == 0 || !keep); j += kernels.columns) {
+              pack_b(column + j, d, size, panels + j * kDepth);
+            }
+            for (int64_t row = top; row < bottom; row += kernels.rows) {
+              const int count = int(std::min<int64_t>(kernels.rows, here - row));
+              const float* panel = a.get() + row * depth + d * count;
+              for (int64_t j = 0; j < width; j += kernels.columns) {
+                kernels.tile(panel, panels + j * kDepth, size, count, c.get() + (row - top) * kColumns + j, kColumns);
+              }
             }
           }
+          for (int64_t row = top; row < bottom; ++row) {
+            finish(first + row, column, width, c.get() + (row - top) * kColumns);
+          }
         }
-        for (int64_t row = 0; row < here; ++row) finish(first + row, column, width, c.get() + row * kColumns);
       }
     });
   }
