@@ -168,22 +168,28 @@ Tensor rows_dense(const Tensor& tensor) {
   return dense ? tensor : known_to_emulator(torch::stable::contiguous(tensor));
 }
 
-LargeOutput new_large_output(const Tensor& like, int64_t rows, int64_t columns) {
-  LargeOutput output{new_tensor(like, {rows, columns}, like.scalar_type()), false};
+bool advise_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t bytes = uintptr_t(rows * columns) * output.tensor.element_size();
-  if (bytes < 2 * kHugePage) return output;
-  const uintptr_t begin = (uintptr_t(output.tensor.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (uintptr_t(output.tensor.data_ptr()) + bytes) & ~(kHugePage - 1);
+  const uintptr_t bytes = uintptr_t(tensor.numel()) * tensor.element_size();
+  if (bytes < 2 * kHugePage) return false;
+  const uintptr_t begin = (uintptr_t(tensor.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (uintptr_t(tensor.data_ptr()) + bytes) & ~(kHugePage - 1);
   // Ask about a page in the middle: allocators touch the ends for their own bookkeeping.
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
   unsigned char resident = 1;
   const uintptr_t middle = (begin + (end - begin) / 2) & ~(page - 1);
-  if (mincore(reinterpret_cast<void*>(middle), page, &resident) != 0 || (resident & 1)) return output;
-  output.fresh = true;
+  if (mincore(reinterpret_cast<void*>(middle), page, &resident) != 0 || (resident & 1)) return false;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure costs only speed
+  return true;
+#else
+  return false;
 #endif
+}
+
+LargeOutput new_large_output(const Tensor& like, int64_t rows, int64_t columns) {
+  LargeOutput output{new_tensor(like, {rows, columns}, like.scalar_type()), false};
+  output.fresh = advise_huge_pages(output.tensor);
   return output;
 }
 

@@ -54,9 +54,12 @@ Tensor rows_dense(const Tensor& tensor);
 
 int64_t element_bytes(DType dtype);
 
-// A new CPU tensor of logits-like size. Large ones come as fresh pages from the kernel, whose first touch costs
-// more than the work that fills them (a copy into 4 KiB pages ran at 5.0 GB/s, into 2 MiB pages at 8.5, into pages
-// already there at 21.8 on a Sapphire Rapids core): the range is advised to use huge pages.
+// Has the memory of a new CPU tensor of some MiB come in huge pages, if it is not there yet; returns whether that was
+// so. The first touch of fresh pages costs more than the work that fills them: a copy into 4 KiB pages ran at 5.0 GB/s,
+// into 2 MiB pages at 8.5, into pages already there at 21.8 on a Sapphire Rapids core.
+bool advise_huge_pages(const Tensor& tensor);
+
+// A new CPU tensor of logits-like size, in huge pages where that helps.
 struct LargeOutput {
   Tensor tensor;
   bool fresh;  // its pages are not there yet: the kernel will zero them in the cache, so store through the cache

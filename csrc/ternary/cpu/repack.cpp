@@ -42,6 +42,7 @@ Tensor ternary_repack_cpu(const Tensor& source_in, int64_t from_format, int64_t 
   const RepackArguments arguments = check_repack(source_in, from_format, to_format, out_features, in_features);
   const Tensor source = as_contiguous(source_in);
   Tensor target = new_packed(source, arguments);
+  advise_huge_pages(target);  // products stream it: see bench/results/ternary.md
   if (target.numel() == 0) return target;
   const int64_t groups = ceil_div(out_features, 16), line_bytes = ceil_div(in_features, 16) * kLineBytes;
   const bool direct = arguments.to == TernaryFormat::t2x16 &&
