@@ -20,6 +20,12 @@ PYOPS_INLINE int32_t load_word(const int8_t* p) {
   return word;
 }
 
+// Weights that are used once come at the speed of memory only if they are asked for early, into the second-level cache:
+// of 14.9 GB/s that a plain reading loop reaches on a Sapphire Rapids core, a row group times one token got 9.2
+// without, 13.3 with a request 4 KiB ahead into the first level, 14.9 with this (huge pages; 8.7, 11.4 and 12.7 of 14.2
+// without).
+PYOPS_INLINE void prefetch_weights(const uint8_t* line) { __builtin_prefetch(line + 8192, 0, 2); }
+
 // ---- the vector of a level ---------------------------------------------------------------------------------
 
 #if defined(__AVX512BW__)
@@ -101,6 +107,7 @@ PYOPS_INLINE void gemv_lines(const uint8_t* lines, int64_t chunks, const int8_t*
     const int64_t end = chunks - begin < kBlock ? chunks : begin + kBlock;
     Codes sums[kTokens][kGroupVectors] = {};
     for (int64_t c = begin; c < end; ++c) {
+      prefetch_weights(lines + c * kLineBytes);
       for (int v = 0; v < kGroupVectors; ++v) {
         const Codes line = load_codes(lines + c * kLineBytes + v * sizeof(Codes));
         const Codes fields[4] = {field<0>(line), field<1>(line), field<2>(line), field<3>(line)};
@@ -146,7 +153,7 @@ PYOPS_INLINE void gemv_t2_dot(const uint8_t* lines, int64_t chunks, const int8_t
     const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
     __m512i sums[kUnroll][kTokens][4] = {};
     const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
-      prefetch_ahead(lines + c * kLineBytes);
+      prefetch_weights(lines + c * kLineBytes);
       const __m512i line = _mm512_loadu_si512(lines + c * kLineBytes);
       for (int j = 0; j < 4; ++j) {
         const __m512i codes = _mm512_and_si512(line, masks[j]);
@@ -189,7 +196,7 @@ PYOPS_INLINE void gemv_t5_dot(const uint8_t* lines, int64_t chunks, const int8_t
     const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
     __m512i sums[kUnroll][kTokens][4] = {}, fifth[kUnroll][kTokens] = {};
     const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
-      prefetch_ahead(lines + c * kLineBytes);
+      prefetch_weights(lines + c * kLineBytes);
       const __m512i byte = _mm512_loadu_si512(lines + c * kLineBytes);
       // A subtraction that wraps is larger than what it came from: the minimum takes 81 off where it can, twice.
       __m512i rest = _mm512_min_epu8(byte, _mm512_sub_epi8(byte, top));
