@@ -14,9 +14,11 @@ else:
     _load_error = None
 
 if _load_error is None:
-    from pyops import nn
+    from pyops import nn, ternary
+    from pyops._checks import FormatError
     from pyops._dispatch import use_backend
     from pyops._explain import explain
+    from pyops.convert import convert, pack, revert
     from pyops.spherical.cross_entropy import cross_entropy
     from pyops.spherical.spherical_loss import (
         mse_onehot_loss,
@@ -24,14 +26,21 @@ if _load_error is None:
         taylor_softmax_loss,
         z_loss,
     )
+    from pyops.ternary.bitlinear import bitlinear
 
 __all__ = [
+    "FormatError",
+    "bitlinear",
+    "convert",
     "cross_entropy",
     "explain",
     "mse_onehot_loss",
     "nn",
+    "pack",
+    "revert",
     "spherical_softmax_loss",
     "taylor_softmax_loss",
+    "ternary",
     "use_backend",
     "z_loss",
 ]

@@ -24,6 +24,12 @@ def _backend_choice(text: str) -> bool:
 
 
 VARIABLES = {
+    "PYOPS_AUTOTUNE": Variable(
+        "0",
+        "0, 1",
+        "1: Triton kernels that have several tiles time them at the first call of each size",
+        lambda text: text in ("0", "1"),
+    ),
     "PYOPS_BACKEND": Variable(
         "",
         "cuda, triton, cpu, reference, or family=backend,...",
@@ -41,6 +47,9 @@ VARIABLES = {
     ),
     "PYOPS_STRICT": Variable(
         "0", "0, 1", "1: a fallback to the torch reference is an error", lambda text: text in ("0", "1")
+    ),
+    "PYOPS_VERIFY": Variable(
+        "1", "0, 1", "0: packed weights are loaded without comparing checksums", lambda text: text in ("0", "1")
     ),
 }
 

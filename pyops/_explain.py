@@ -6,10 +6,19 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from pyops import _dispatch
 from pyops.spherical import cross_entropy as _cross_entropy
 from pyops.spherical import reference_ops as _reference_ops  # noqa: F401  (registers the backends)
 from pyops.spherical import spherical_loss as _spherical_loss
+from pyops.ternary import linear_packed
+from pyops.ternary import reference_ops as _ternary_ops  # noqa: F401  (registers the backends)
+from pyops.ternary._formats import packed_shape
+from pyops.ternary.bitlinear import _arguments as _bitlinear_arguments
+from pyops.ternary.bitlinear import bitlinear
+from pyops.ternary.linear import _arguments as _linear_packed_arguments
 
 
 def _spherical(loss: int, function: Callable) -> tuple[str, Callable]:
@@ -27,6 +36,23 @@ def _softmax(bound: dict) -> tuple:
     return _cross_entropy._arguments(**bound)
 
 
+def _bitlinear(bound: dict) -> tuple:
+    x, bias, weight_options, options = _bitlinear_arguments(**bound)
+    weight = bound["weight"]
+    packed = weight.new_empty(packed_shape("t2", *weight.shape), dtype=torch.uint8)
+    gamma = weight.new_empty(weight.shape[:1] if weight_options[1] else (), dtype=torch.float32)
+    return (_rows(x), weight, packed, gamma, bias, *options)
+
+
+def _linear_packed(bound: dict) -> tuple:
+    x, *others = _linear_packed_arguments(**bound)
+    return (_rows(x), *others)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 # Public function -> (dispatcher op, function, its arguments as those of the op).
 _FUNCTIONS = {
     function.__name__: _spherical(loss, function)
@@ -38,7 +64,11 @@ _FUNCTIONS = {
             _spherical_loss.mse_onehot_loss,
         )
     )
-} | {"cross_entropy": ("cross_entropy", _cross_entropy.cross_entropy, _softmax)}
+} | {
+    "bitlinear": ("bitlinear", bitlinear, _bitlinear),
+    "cross_entropy": ("cross_entropy", _cross_entropy.cross_entropy, _softmax),
+    "linear_packed": ("ternary_linear", linear_packed, _linear_packed),
+}
 
 
 def explain(op: str | Callable, *args, **kwargs) -> _dispatch.Explanation:

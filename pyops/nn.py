@@ -7,5 +7,14 @@ from pyops.spherical.modules import (
     TaylorSoftmaxLoss,
     ZLoss,
 )
+from pyops.ternary.modules import BitLinear, PackedBitLinear
 
-__all__ = ["CrossEntropyLoss", "MSEOneHotLoss", "SphericalSoftmaxLoss", "TaylorSoftmaxLoss", "ZLoss"]
+__all__ = [
+    "BitLinear",
+    "CrossEntropyLoss",
+    "MSEOneHotLoss",
+    "PackedBitLinear",
+    "SphericalSoftmaxLoss",
+    "TaylorSoftmaxLoss",
+    "ZLoss",
+]

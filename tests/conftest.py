@@ -75,7 +75,6 @@ ROWS = {
 }
 NO_TEST = {
     "R12": "family block_sparse",
-    "R13": "family ternary",
     "R14": "family solvers",
     "R15": "family kronecker",
     "R31": "no op here runs long enough to be interrupted",
@@ -84,9 +83,6 @@ NO_TEST = {
     "R36": "a separate build (make sanitize)",
     "R37": "needs a CUDA device",
     "R39": "a separate job over mutated sources",
-    "R40": "no checkpoint format in the families here",
-    "R41": "no checkpoint format in the families here",
-    "R42": "no checkpoint format in the families here",
 }
 
 # These put a Python router on the dispatcher for the rest of the process. They run last, so that all other tests
@@ -107,6 +103,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wants_slow = "slow" in (config.option.markexpr or "")
+    items[:] = [item for item in items if contract.concerns(item.path.parent.name, _parameters_of(item))]
     for item in items:
         backend = _backend_of(item)
         item.user_properties.append(("backend", backend))
@@ -119,14 +116,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=_routed)
 
 
-def _backend_of(item: pytest.Item) -> str:
+def _parameters_of(item: pytest.Item) -> dict[str, object]:
     parameters = getattr(item, "callspec", None)
-    return parameters.params.get("backend", "default") if parameters else "default"
+    return parameters.params if parameters else {}
+
+
+def _backend_of(item: pytest.Item) -> str:
+    return _parameters_of(item).get("backend", "default")
 
 
 def _routed(item: pytest.Item) -> bool:
-    parameters = getattr(item, "callspec", None)
-    values = parameters.params.values() if parameters else ()
+    values = _parameters_of(item).values()
     return any(value in ROUTED_BACKENDS for value in values if isinstance(value, str)) or (
         item.get_closest_marker("routed") is not None
     )

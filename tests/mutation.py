@@ -29,7 +29,10 @@ TESTS = {
         ["tests/contract.py", "-k", "triton-interpreted and not fuzz"],
         ["tests/spherical/test_triton_kernels.py"],
     ),
+    "ternary": (["tests/ternary", "-k", "not triton"], ["tests/contract.py", "-k", "linear or ternary"]),
+    "ternary-python": (["tests/ternary", "-k", "not triton"], ["tests/contract.py", "-k", "linear or ternary"]),
 }
+COMPILED = ("cpp", "emulated", "ternary")
 
 
 class Mutant(NamedTuple):
@@ -147,6 +150,74 @@ PYTHON = [
     Mutant("pyops/spherical/_options.py", "out_dtype = torch.float32", "out_dtype = None"),
 ]  # fmt: skip
 
+INTEGERS = "csrc/ternary/cpu/integer_product_kernel.cpp"
+FLOATS = "csrc/ternary/cpu/float_product_kernel.cpp"
+PRODUCT = "csrc/ternary/cpu/ternary_product.cpp"
+REPACK = "csrc/ternary/cpu/repack_kernel.cpp"
+WEIGHTS = "csrc/ternary/cpu/quantize_weight"
+ACTIVATIONS = "csrc/ternary/cpu/quantize_activation_kernel.cpp"
+
+TERNARY = [
+    # quantizers: a tie, a clip, what is not finite, the bracket of the median
+    Mutant(ACTIVATIONS, "magnitude >= kInfinity", "magnitude > kInfinity"),
+    Mutant(ACTIVATIONS, "scaled < 127.0f ? scaled : broadcast(127.0f)", "scaled"),
+    Mutant(ACTIVATIONS, "absmax < eps ? eps : absmax", "absmax"),
+    Mutant(ACTIVATIONS, "12582912.0f", "12582911.5f"),
+    Mutant(ACTIVATIONS, "return {largest / qmax, sum};", "return {1.0f / scale, sum};"),
+    Mutant(ACTIVATIONS, "const Integers all = sums[0] + sums[1];", "const Integers all = sums[0];"),
+    Mutant(f"{WEIGHTS}_kernel.cpp", "scaled > 0.5f", "scaled >= 0.5f", 0),
+    Mutant(f"{WEIGHTS}_kernel.cpp", "_CMP_LT_OQ", "_CMP_LE_OQ"),
+    Mutant(f"{WEIGHTS}_kernel.cpp", "if (count > rank) {", "if (count >= rank) {"),
+    Mutant(f"{WEIGHTS}_kernel.cpp", "found += values[k] <= bound;", "found += values[k] < bound;"),
+    Mutant(f"{WEIGHTS}_kernel.cpp", "size_t(n - k + 3) / 4", "size_t(n - k) / 4"),
+    Mutant(f"{WEIGHTS}.cpp", "(n - 1) / 2", "n / 2"),
+    Mutant(f"{WEIGHTS}.cpp", "rank - below", "rank"),
+    Mutant(f"{WEIGHTS}.cpp", "if (rank < below) {", "if (false) {"),
+    Mutant(f"{WEIGHTS}.cpp", "options.add_eps ? gamma + options.eps", "options.add_eps ? gamma"),
+    Mutant(f"{WEIGHTS}.cpp", "if (!isfinite(average)) return kNaN;", ""),
+    Mutant(f"{WEIGHTS}.cpp", "total / double(n)", "total / double(n + 1)"),
+    # products: a field, a factor, a width of 16 bits, a tail
+    Mutant(INTEGERS, "constexpr int64_t kSteps16 = 64;", "constexpr int64_t kSteps16 = 256;"),
+    Mutant(INTEGERS, "_mm512_maskz_srai_epi32(0xffff, sums[3], 6)", "_mm512_maskz_srai_epi32(0xffff, sums[3], 5)"),
+    Mutant(INTEGERS, "constexpr int64_t kBlockChunks = 4096;", "constexpr int64_t kBlockChunks = int64_t(1) << 30;"),
+    Mutant(INTEGERS, "v / 27 % 3 << 6", "v / 27 % 3 << 5"),
+    Mutant(INTEGERS, "lanes[r] / 81", "lanes[r] / 80"),
+    Mutant(INTEGERS, "tile<kTokens, 1, kFromLines>({first, first}, chunks, panel, acc);", ""),
+    Mutant(INTEGERS, "(load(gamma + r) * step)", "load(gamma + r) * step"),
+    Mutant(INTEGERS, "return bias ? y + load(bias + r) : y;", "return y;", 0),
+    Mutant(INTEGERS, "if (c < end) chunk(c, 0);", "", 0),
+    Mutant(INTEGERS, "sums[t][v] = load_sums(acc + t * kUnitRows + v * kVectorRows);", "sums[t][v] = Codes{};"),
+    Mutant(PRODUCT, "begin + (r < rows ? r : rows - 1)", "begin"),
+    Mutant(PRODUCT, "std::memset(padded.get() + t * stride + arguments.in_features, 0,", "std::memset(padded.get() + t * stride + arguments.in_features, 1,"),
+    Mutant(PRODUCT, "std::min(tile, tokens % count)", "0"),
+    Mutant(PRODUCT, "if (call.bad) {", "if (false) {"),
+    Mutant(PRODUCT, "const int8_t* panel = panels.at(tile) + c * 16 * tiles.size(tile);", "const int8_t* panel = panels.at(tile);"),
+    Mutant(PRODUCT, "+ (begin + d) / kTernaryGroup", ""),
+    Mutant(PRODUCT, "float* panels = b.get() + (keep ? d * kColumns : 0);", "float* panels = b.get();"),
+    Mutant(FLOATS, "sums[r][1] += high * number;", "sums[r][1] += low * number;"),
+    Mutant(FLOATS, "__builtin_memset(words, 0x55, sizeof(words));", "__builtin_memset(words, 0xaa, sizeof(words));"),
+    Mutant(FLOATS, "if (bias != nullptr) v += load(bias + j);", ""),
+    # formats: a swap, a padding, a byte that is none
+    Mutant(REPACK, "0x0000f0f0u", "0x0000f000u"),
+    Mutant(REPACK, "word = (word & kept) | (kPadding & ~kept);", ""),
+    Mutant(REPACK, "v < 243 ?", "v < 256 ?"),
+    Mutant(REPACK, "held += 5;", "held += 4;"),
+    Mutant(REPACK, "81 * c[4]", "80 * c[4]"),
+    Mutant("csrc/ternary/ternary_format.h", "row / 8 + 2 * (column % 32 / 16)", "row / 8 * 2 + column % 32 / 16"),
+    Mutant("csrc/ternary/ternary_arguments.cpp", "qmax == 127 || qmax == 128", "qmax > 0"),
+]  # fmt: skip
+
+TERNARY_PYTHON = [
+    Mutant("pyops/ternary/quantize_weight.py", "weight._version, ", ""),
+    Mutant("pyops/ternary/quantize_weight.py", "sample is None or torch.equal(sample, known[1])", "True"),
+    Mutant("pyops/ternary/bitlinear.py", "rows.sum() if gamma.dim() == 0 else rows", "rows.sum()"),
+    Mutant("pyops/ternary/bitlinear.py", "grad.sum(0) if wants_bias else None", "grad.mean(0) if wants_bias else None"),
+    Mutant("pyops/ternary/bitlinear.py", "if lambda_ != 1:", "if False:"),
+    Mutant("pyops/ternary/bitlinear.py", "torch.where(gamma.isnan(), gamma, live)", "gamma"),
+    Mutant("pyops/ternary/linear.py", "if dtype is not None and x.is_floating_point():", "if False:"),
+    Mutant("pyops/ternary/reference.py", "scaled.abs() > 0.5", "scaled.abs() >= 0.5"),
+]  # fmt: skip
+
 
 def triton_mutants() -> list[Mutant]:
     """Every accumulation and mask of the Triton kernels, each dropped or scaled once."""
@@ -163,7 +234,14 @@ def triton_mutants() -> list[Mutant]:
 
 
 def all_mutants() -> dict[str, list[Mutant]]:
-    return {"cpp": CPP, "emulated": EMULATED, "python": PYTHON, "triton": triton_mutants()}
+    return {
+        "cpp": CPP,
+        "emulated": EMULATED,
+        "python": PYTHON,
+        "triton": triton_mutants(),
+        "ternary": TERNARY,
+        "ternary-python": TERNARY_PYTHON,
+    }
 
 
 def mutated(text: str, mutant: Mutant) -> str:
@@ -225,7 +303,7 @@ def prepare(folder: Path, groups: list[str]) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("cpp", "emulated", "python", "triton"), help="one group of mutants")
+    parser.add_argument("--only", choices=tuple(TESTS), help="one group of mutants")
     parser.add_argument("--first", type=int, default=0, help="skip this many mutants of each group")
     arguments = parser.parse_args()
     groups = all_mutants()
@@ -238,7 +316,7 @@ def main() -> int:
             for mutant in mutants[arguments.first :]:
                 start = time.perf_counter()
                 original = apply(tree, mutant)
-                built = group not in ("cpp", "emulated") or rebuild(tree, group)
+                built = group not in COMPILED or rebuild(tree, group)
                 found = caught_by(tree, group) if built else "does not build"
                 (tree / mutant.file).write_text(original)
                 total += built

@@ -24,20 +24,20 @@ constexpr int kTernaryFormats = 6;
 constexpr int kTernaryGroup = 256;          // in_features that share one gamma, where it has two dimensions
 constexpr int64_t kTernaryMaxIn = 1 << 24;  // int32 holds 128 * in_features
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYOPS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Weights of one byte, and how many rows and in_features a block of the compute layouts covers.
-constexpr int64_t codes_per_byte(TernaryFormat format) {
+PYOPS_HOST_DEVICE constexpr int64_t codes_per_byte(TernaryFormat format) {
   return format == TernaryFormat::int8 ? 1 : format == TernaryFormat::t5 || format == TernaryFormat::t5x16 ? 5 : 4;
 }
-constexpr int64_t block_rows(TernaryFormat format) { return format >= TernaryFormat::t2x16 ? 16 : 1; }
-constexpr int64_t block_columns(TernaryFormat format) {
+PYOPS_HOST_DEVICE constexpr int64_t block_rows(TernaryFormat format) { return format >= TernaryFormat::t2x16 ? 16 : 1; }
+PYOPS_HOST_DEVICE constexpr int64_t block_columns(TernaryFormat format) {
   return format == TernaryFormat::t2x16   ? 16
          : format == TernaryFormat::t5x16 ? 20
          : format == TernaryFormat::t2mma ? 128
                                           : codes_per_byte(format);
 }
-constexpr int64_t packed_bytes(TernaryFormat format, int64_t out_features, int64_t in_features) {
+PYOPS_HOST_DEVICE constexpr int64_t packed_bytes(TernaryFormat format, int64_t out_features, int64_t in_features) {
   return ceil_div(out_features, block_rows(format)) * ceil_div(in_features, block_columns(format)) *
          block_rows(format) * block_columns(format) / codes_per_byte(format);
 }

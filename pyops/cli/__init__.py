@@ -1,1 +1,1 @@
-"""The command line: ``python -m pyops info | selftest | bench | demo | explain | env``."""
+"""The command line: ``python -m pyops info | selftest | bench | demo | explain | env | ckpt``."""

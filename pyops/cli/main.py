@@ -50,6 +50,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments)
 
 
+def _ckpt(arguments: argparse.Namespace) -> int:
+    from pyops.cli import ckpt
+
+    return ckpt.run(arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pyops", description="Facts, checks, benchmarks and the demo of pyops. No GPU needed."
@@ -80,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
     _add_bench(add)
     _add_demo(add)
+    _add_ckpt(add)
     return parser
 
 
@@ -93,6 +100,12 @@ def _add_demo(add) -> None:
     from pyops.cli import demo
 
     demo.add_arguments(add("demo", _demo, "train a next-token model on real text with z_loss and with cross_entropy"))
+
+
+def _add_ckpt(add) -> None:
+    from pyops.cli import ckpt
+
+    ckpt.add_arguments(add("ckpt", _ckpt, "show, verify or convert a file of packed ternary weights"))
 
 
 def main(argv: list[str] | None = None) -> int:

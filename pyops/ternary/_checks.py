@@ -15,7 +15,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATING_RULE = "be float32, bfloat16 or float16"
 
 
-def _floating(op: str, argument: str, tensor: Tensor) -> None:
+def floating(op: str, argument: str, tensor: Tensor) -> None:
     strided(op, argument, tensor)
     if tensor.dtype not in FLOATING:
         reject(op, argument, _FLOATING_RULE, dtype_name(tensor.dtype))
@@ -83,13 +83,13 @@ def _act_bits(op: str, act_bits: int) -> None:
 
 
 def _x(op: str, x: Tensor, in_features: int) -> None:
-    if x.shape[1] != in_features:
+    if x.shape[-1] != in_features:
         reject(op, "x", f"have in_features = {in_features} columns", shape_name(x))
 
 
 def quantize_weight(weight, scale, measure, per_row, eps) -> None:
     op = "ternary_quantize_weight"
-    _floating(op, "weight", weight)
+    floating(op, "weight", weight)
     _matrix(op, "weight", weight, "[out_features, in_features]")
     if scale is not None:
         _typed(op, "scale", scale, weight, "weight", torch.float32)
@@ -101,7 +101,7 @@ def quantize_weight(weight, scale, measure, per_row, eps) -> None:
 
 
 def quantize_activation(op, x, qmax, eps) -> None:
-    _floating(op, "x", x)
+    floating(op, "x", x)
     _matrix(op, "x", x, "[tokens, in_features]")
     _quantizer(op, qmax, eps)
     _features(op, 0, x.shape[1])
@@ -120,7 +120,7 @@ def repack(source, from_format, to_format, out_features, in_features) -> tuple[s
 
 def linear(x, packed, gamma, bias, form, out_features, in_features, act_bits, qmax, eps, out_dtype) -> None:
     op = "ternary_linear"
-    _floating(op, "x", x)
+    floating(op, "x", x)
     _matrix(op, "x", x, "[tokens, in_features]")
     name = check_code(op, "format", form)
     _features(op, out_features, in_features)
@@ -136,7 +136,7 @@ def linear(x, packed, gamma, bias, form, out_features, in_features, act_bits, qm
 
 def linear_backward_input(grad, packed, gamma, form, in_features) -> None:
     op = "ternary_linear_backward_input"
-    _floating(op, "grad", grad)
+    floating(op, "grad", grad)
     _matrix(op, "grad", grad, "[tokens, out_features]")
     name = check_code(op, "format", form)
     out_features = grad.shape[1]
@@ -147,9 +147,9 @@ def linear_backward_input(grad, packed, gamma, form, in_features) -> None:
 
 def bitlinear(x, weight, packed, gamma, bias, act_bits, qmax, eps) -> None:
     op = "bitlinear"
-    _floating(op, "x", x)
+    floating(op, "x", x)
     _matrix(op, "x", x, "[tokens, in_features]")
-    _floating(op, "weight", weight)
+    floating(op, "weight", weight)
     device(op, "weight", weight, x, "x")
     _matrix(op, "weight", weight, "[out_features, in_features]")
     out_features, in_features = weight.shape
@@ -162,9 +162,20 @@ def bitlinear(x, weight, packed, gamma, bias, act_bits, qmax, eps) -> None:
     _quantizer(op, qmax, eps)
 
 
+def operands(x, weight, bias) -> None:
+    """What the op says of its floating arguments, for calls that run composite code instead; x has any leading
+    dimensions."""
+    op = "bitlinear"
+    floating(op, "x", x)
+    floating(op, "weight", weight)
+    device(op, "weight", weight, x, "x")
+    _x(op, x, weight.shape[1])
+    _bias(op, bias, x, weight.shape[0])
+
+
 def backward_weight(grad, quantized, step, dtype) -> None:
     op = "bitlinear_backward_weight"
-    _floating(op, "grad", grad)
+    floating(op, "grad", grad)
     _matrix(op, "grad", grad, "[tokens, out_features]")
     _typed(op, "quantized", quantized, grad, "grad", torch.int8)
     if quantized.dim() != 2 or quantized.shape[0] != grad.shape[0]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,7 @@ def choice(op: str, name: str, value: object, allowed: tuple) -> int:
 def number(op: str, name: str, value: object, low: float, high: float, rule: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         reject(op, name, "be a number", type(value).__name__, TypeError)
-    if not low <= value <= high or math.isnan(value):
+    if not low <= value <= high:
         reject(op, name, rule, f"{value:g}", ValueError)
     return float(value)
 

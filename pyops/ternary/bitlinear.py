@@ -15,7 +15,7 @@ from pyops._autograd import (
     transform_level_active,
 )
 from pyops.ternary import _checks, _options, reference
-from pyops.ternary.linear import _op_backward_input, _op_repack
+from pyops.ternary.linear import _op_backward_input, _op_repack, refuse_second_derivative
 from pyops.ternary.quantize_activation import quantize_act
 from pyops.ternary.quantize_weight import T2, quantized
 
@@ -57,8 +57,8 @@ def _gradients(needed, grad, packed, gamma, quantized, step, x, weight_dtype, in
             grad_weight = _op_backward_weight(grad, quantized, step, dtype)
         if wants_gamma:  # W_q = T gamma
             ternary = _op_repack(packed, T2, 0, grad.shape[1], in_features)
-            rows = (grad_weight * ternary).sum(1)
-            grad_gamma = rows.sum() if gamma.dim() == 0 else rows
+            rows = (grad_weight * ternary).sum(1, dtype=torch.float64)
+            grad_gamma = (rows.sum() if gamma.dim() == 0 else rows).float()
             grad_weight = grad_weight.to(weight_dtype) if wants_weight else None
     return grad_x, grad_weight, grad_gamma, grad.sum(0) if wants_bias else None
 
@@ -72,6 +72,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_quantized, _grad_step):
+    refuse_second_derivative(_NAME)
     needed = ctx.needs_input_grad
     needed = needed[0], needed[1], needed[3], needed[4]
     grad_x, grad_weight, grad_gamma, grad_bias = _gradients(needed, grad, *ctx.saved_tensors, *ctx.arguments)
@@ -96,27 +97,41 @@ class _BitLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(f"pyops::{_NAME}: no second derivative goes through the quantizers")
+        refuse_second_derivative(_NAME)
+        saved = ctx.saved_tensors  # activation checkpointing computes them here, and needs autograd for it
         with _dispatch.restored(ctx.backend), below_autograd():
-            gradients = _gradients(ctx.needs_input_grad[:4], grad, *ctx.saved_tensors, *ctx.arguments)
+            gradients = _gradients(ctx.needs_input_grad[:4], grad, *saved, *ctx.arguments)
         return (*gradients, None, None)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Its argument, whose second derivative raises."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivative(_NAME)
+        return grad
 
 
 def _mixed(x, weight, bias, packed, gamma, options, lambda_) -> Tensor:
     """lambda < 1: both operands are mixtures of themselves and their quantized form, so the product is one of
-    floats; the quantized forms come from the kernels."""
+    floats, in float32; the quantized forms come from the kernels."""
     act_bits, qmax, eps = options
     ternary = _op_repack(packed, T2, 0, *weight.shape)
-    w_q = reference.dequantized(ternary, gamma.detach(), weight.dtype)
-    w_mix = weight + lambda_ * (w_q - weight).detach()
+    x_mix, w_mix = x.float(), weight.float()
+    w_mix = w_mix + lambda_ * (reference.dequantized(ternary, gamma.detach(), torch.float32) - w_mix).detach()
     if gamma.requires_grad:
-        w_mix = w_mix + lambda_ * reference.dequantized(ternary, gamma - gamma.detach(), weight.dtype)
-    x_mix = x
+        w_mix = w_mix + lambda_ * reference.dequantized(ternary, gamma - gamma.detach(), torch.float32)
     if act_bits:
         q, step = quantize_act(x.detach(), qmax, eps)
-        x_mix = x + lambda_ * (q * step - x).to(x.dtype).detach()
-    return torch.nn.functional.linear(x_mix, w_mix.to(x.dtype), bias)
+        x_mix = x_mix + lambda_ * (q * step - x_mix).detach()
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.nn.functional.linear(x_mix, w_mix, None if bias is None else bias.float()).to(x.dtype)
+    return y if torch.compiler.is_compiling() or not y.requires_grad else _FirstDerivative.apply(y)
 
 
 def _run(x, weight, bias, packed, gamma, options) -> Tensor:
@@ -135,6 +150,7 @@ def _arguments(x, weight, bias, weight_measure, granularity, qmax, eps, eps_mode
         _options.tensor(_NAME, name, value)
     for name, value in (("bias", bias), ("scale", scale)):
         _options.tensor(_NAME, name, value, optional=True)
+    _checks.floating(_NAME, "weight", weight)
     if weight.dim() != 2:
         reject(_NAME, "weight", "have shape [out_features, in_features]", str(list(weight.shape)))
     if x.dim() == 0:
@@ -216,6 +232,8 @@ def bitlinear(
     if torch.compiler.is_compiling():
         refuse_transforms_under_compile(_NAME)
     elif transform_level_active():
+        _checks.quantize_weight(weight, scale, *weight_options[:3])
+        _checks.operands(x, weight, bias)
         return reference.bitlinear(
             x, weight.to(x.dtype), bias, scale=scale, measure=weight_measure, per_row=weight_options[1], qmax=qmax,
             eps=eps, add_eps=weight_options[3], act_bits=act_bits, lambda_=lambda_,

@@ -16,7 +16,7 @@ from pyops._autograd import (
 )
 from pyops._checks import FormatError
 from pyops.ternary import _checks, _options, reference
-from pyops.ternary._formats import CANONICAL, FORMATS, code
+from pyops.ternary._formats import CANONICAL, code
 
 _op = torch.ops.pyops.ternary_linear.default
 _op_backward_input = torch.ops.pyops.ternary_linear_backward_input.default
@@ -45,13 +45,21 @@ def _save(ctx, inputs, output):
     ctx.arguments = form, in_features, x.dtype
 
 
+def refuse_second_derivative(name: str) -> None:
+    """To be called in a backward: its result would silently miss what the rounding of the other operand adds."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"pyops::{name}: no second derivative goes through the quantizers")
+
+
 def _gradients(needed, grad, packed, gamma, form, in_features, dtype) -> tuple[Tensor | None, Tensor | None]:
-    """(of x, of bias): straight through the quantizer."""
+    """(of x, of bias): straight through the quantizer; in the wider of the dtypes of x and y."""
+    grad = grad.to(torch.promote_types(grad.dtype, dtype))
     grad_x = _op_backward_input(grad, packed, gamma, form, in_features).to(dtype) if needed[0] else None
     return grad_x, grad.sum(0).to(dtype) if needed[1] else None
 
 
 def _backward(ctx, grad):
+    refuse_second_derivative(_NAME)
     needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     grad_x, grad_bias = _gradients(needed, grad, *ctx.saved_tensors, *ctx.arguments)
     return (grad_x, None, None, grad_bias, *[None] * 7)
@@ -78,16 +86,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(f"pyops::{_NAME}: no second derivative goes through the quantizers")
+        refuse_second_derivative(_NAME)
+        saved = ctx.saved_tensors  # activation checkpointing computes them here, and needs autograd for it
         with _dispatch.restored(ctx.backend), below_autograd():
-            return (*_gradients(ctx.needs_input_grad, grad, *ctx.saved_tensors, *ctx.arguments), None)
+            return (*_gradients(ctx.needs_input_grad, grad, *saved, *ctx.arguments), None)
 
 
 def _composite(
     x, packed, gamma, bias, form, out_features, in_features, act_bits, qmax, eps, out_dtype,
 ) -> Tensor:  # fmt: skip
     """Differentiable torch code for transforms; straight through in x."""
+    _checks.linear(x, packed, gamma, bias, form, out_features, in_features, act_bits, qmax, eps, out_dtype)
     ternary = packed if form == 0 else _op_repack(packed, form, 0, out_features, in_features)
     y = reference.linear(x, ternary, gamma, bias, qmax=qmax if act_bits else None, eps=eps)
     return y.to(out_dtype or x.dtype)
@@ -95,13 +104,13 @@ def _composite(
 
 def _call(args) -> Tensor:
     x, bias = args[0], args[3]
+    _check_constants(*args)
     if torch.compiler.is_compiling():
         refuse_transforms_under_compile(_NAME)
         return _op(*args)
     if transform_level_active():
         return _composite(*args)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        _check_constants(*args)
         return _Linear.apply(x, bias, args)
     with below_autograd():
         return _op(*args)

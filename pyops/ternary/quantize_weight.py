@@ -97,7 +97,7 @@ def _sample(weight: Tensor) -> Tensor | None:
 def quantized(weight: Tensor, scale: Tensor | None, options: tuple) -> tuple[Tensor, Tensor]:
     """(packed, gamma') of a weight, from memory while neither it nor its options have changed: gradient
     accumulation, checkpointing and evaluation quantize once."""
-    if weight.is_inference() or scale is not None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or scale is not None or weight.is_inference():
         return _op(weight.detach(), None if scale is None else scale.detach(), *options)
     key = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options)
     known = _memory.get(weight)
@@ -112,7 +112,16 @@ def quantized(weight: Tensor, scale: Tensor | None, options: tuple) -> tuple[Ten
 
 def forget(weight: Tensor | None = None) -> None:
     """Drops what is remembered of one weight, or of all: needed only after a write that torch does not count, such as
-    through ``.data``, to a weight on a GPU."""
+    through ``.data``, to a weight on a GPU.
+
+    Example:
+        >>> import torch, pyops
+        >>> weight = torch.randn(4, 8)
+        >>> y = pyops.bitlinear(torch.ones(1, 8), weight)
+        >>> weight.data.mul_(2)  # doctest: +ELLIPSIS
+        tensor(...
+        >>> pyops.ternary.forget(weight)
+    """
     if weight is None:
         _memory.clear()
     else:

@@ -114,7 +114,7 @@ def bitlinear(
     ternary, gamma = quantize_weight(weight, scale, measure=measure, per_row=per_row, eps=eps, add_eps=add_eps)
     w_q = dequantized(ternary, gamma, weight.dtype)
     w_mix = weight + lambda_ * (w_q - weight).detach()
-    if scale is not None and scale.requires_grad:
+    if scale is not None:
         live = effective_scale(scale, eps, add_eps)
         w_mix = w_mix + lambda_ * dequantized(ternary, live - live.detach(), weight.dtype)
     x_mix = x

@@ -24,7 +24,14 @@ register_no_derivative(_NAME)
 
 
 def repack(source: Tensor, from_fmt: str, to_fmt: str, out_features: int, in_features: int) -> Tensor:
-    """The same weights in another format (:data:`FORMATS`); FormatError for bytes that stand for no weight."""
+    """The same weights in another format (:data:`FORMATS`); FormatError for bytes that stand for no weight.
+
+    Example:
+        >>> import torch, pyops
+        >>> packed = pyops.ternary.pack(torch.tensor([[1, 0, -1, 1, 1]], dtype=torch.int8), "t2")
+        >>> pyops.ternary.repack(packed, "t2", "t5", 1, 5).tolist()
+        [[221]]
+    """
     _options.tensor(_NAME, "source", source)
     codes = code(_NAME, "from_fmt", from_fmt), code(_NAME, "to_fmt", to_fmt)
     if codes[0] == codes[1]:

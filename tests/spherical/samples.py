@@ -175,6 +175,7 @@ EDGES = {
     "classes": (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 255, 256, 257, 1021, 4095, 4096, 4097, 32769),
     "targets": (1, 2, 11),
 }
+OTHER_SIZES = ({"rows": 1}, {"rows": 2, "classes": 16})
 LARGE = ({"rows": 67, "classes": 5003}, {"rows": 1, "classes": 3 * 32768 + 5}, {"rows": 3000, "classes": 17})
 
 # Variants that every function of the family has: options, and which optional tensors are given.
@@ -569,12 +570,12 @@ def unknown_loss(arguments: dict[str, Any]) -> dict[str, Any]:
 
 # ---- the tables --------------------------------------------------------------------------------------------
 
-OUTPUT_UNDER_AUTOCAST = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
+
+def under_autocast(call: Call, autocast_to: torch.dtype) -> tuple[Call, torch.dtype]:
+    """At least float32, whatever autocast asks for; a loss has the widest dtype of all tensors."""
+    dtypes = {tensor.dtype for tensor in call.given().values()}
+    wide = torch.float64 if call.tensors["logits"].dtype == torch.float64 else torch.float32
+    return call.to(wide), torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def describe(name: str) -> Function:
@@ -596,9 +597,11 @@ def describe(name: str) -> Function:
         calls=functools.partial(random_calls, name),
         stages=functools.partial(stages, name),
         module=functools.partial(as_module, name),
-        autocast=OUTPUT_UNDER_AUTOCAST,
+        autocast=under_autocast,
+        mixed=("weight", "target_weight"),
         aliases=functools.partial(aliases, name),
         rejections=(*common_function_rejections(name), *own_function_rejections(name)),
+        memory={"rows": 16, "classes": 1 << 20},
     )
 
 
@@ -654,6 +657,7 @@ def describe_ops(forward: str, names: tuple[str, ...], public_name: Callable) ->
         public_name=functools.partial(public_name, ""),
         differentiable=("logits",),
         rejections=(*forward_rejections(first), *extra),
+        other_sizes=OTHER_SIZES,
     )
     saved = {"grad_loss": FLOATING, "statistics": (torch.float64,), "normalizer": (torch.float64,)}
     if first == "cross_entropy":
@@ -670,6 +674,7 @@ def describe_ops(forward: str, names: tuple[str, ...], public_name: Callable) ->
             public_name=functools.partial(public_name, "_backward"),
             differentiable=(),
             rejections=(*backward_rejections(first), *extra),
+            other_sizes=OTHER_SIZES,
         )
 
 
