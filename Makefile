@@ -28,8 +28,8 @@ unit: setup
 
 # The CUDA kernels on the CPU: all cases, then all cases under the race checker.
 emulate: setup
-	PYOPS_CUDA_EMU=1 $(RUN) -m pytest -q tests/contract.py tests/spherical -k cuda-emulated
-	PYOPS_CUDA_EMU=check $(RUN) -m pytest -q tests/contract.py tests/spherical -k cuda-emulated
+	PYOPS_CUDA_EMU=1 $(RUN) -m pytest -q tests/contract.py tests/spherical tests/ternary -k cuda-emulated
+	PYOPS_CUDA_EMU=check $(RUN) -m pytest -q tests/contract.py tests/spherical tests/ternary -k cuda-emulated
 
 triton-offline: setup
 	$(RUN) tests/triton_offline.py

@@ -552,8 +552,9 @@ def phase_tests(findings: Findings, dry: bool, seconds: float) -> None:
     end = time.monotonic() + seconds
     chosen = ["tests/contract.py", "-m", "gpu and not slow", *workers()]
     findings.add(tests={"cuda": run_pytest(chosen, seconds * 0.55)})
-    chosen = ["tests/spherical/test_triton_kernels.py", "tests/contract.py", "-m", "gpu and not slow"]
-    chosen += ["-k", "triton_kernels or test_accuracy or test_sizes", *workers()]
+    own = ["tests/spherical/test_triton_kernels.py", "tests/ternary/test_ternary_triton.py"]
+    chosen = [*own, "tests/contract.py", "-m", "gpu and not slow"]
+    chosen += ["-k", "triton_kernels or ternary_triton or test_accuracy or test_sizes", *workers()]
     findings.add(tests={"triton": run_pytest(chosen, end - time.monotonic(), {"TRITON_INTERPRET": "0"})})
 
 

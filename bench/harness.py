@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,7 +37,7 @@ import torch
 
 import pyops
 
-FAMILIES = ("spherical",)
+FAMILIES = ("spherical", "ternary")
 FOLDER = Path(__file__).resolve().parent
 FLOORS = FOLDER / "floors.json"
 
@@ -63,7 +64,8 @@ class Timed:
 class Prepared:
     """A case with its tensors: the op, its rivals, and yardsticks (memory probes of the same size, the bare
     dispatcher call), which are no rivals. ``exact()`` is the result in float64, with which those of the op and of
-    the rivals named in ``comparable`` can be compared."""
+    the rivals named in ``comparable`` can be compared. One run, of whichever, makes ``calls`` calls: a loop over
+    several operands. ``facts`` go into the row as they are."""
 
     target: Timed
     rivals: dict[str, Timed]
@@ -71,12 +73,14 @@ class Prepared:
     comparable: tuple[str, ...]
     yardsticks: dict[str, Timed] = field(default_factory=dict)
     backend: str = ""
+    calls: int = 1
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement; ``bytes`` is what the op must move. A case with a ``gate`` is single-threaded and has a floor:
-    its ratio to the reference of that name must not fall below it."""
+    """One measurement; ``bytes`` is what the op must move, ``macs`` how often it must multiply and add. A case with a
+    ``gate`` is single-threaded and has a floor: its ratio to the reference of that name must not fall below it."""
 
     op: str
     shape: tuple[int, ...]
@@ -86,6 +90,7 @@ class Case:
     gate: str
     bytes: int
     build: Callable[[Case, bool], Prepared] = field(compare=False, repr=False)
+    macs: int = 0
 
     @property
     def name(self) -> str:
@@ -216,10 +221,48 @@ def memory_probes(tensor: torch.Tensor, threads: int) -> dict[str, Timed]:
 
 
 PROBE_BYTES = {"copy": 2, "clone": 2, "read": 1}  # times the size of the tensor
+EQUAL_WORK = ("peak", "stream")
+
+
+def shared_out(work: Callable[[int], object], threads: int) -> Callable[[object], None]:
+    """Runs ``work(0)`` to ``work(threads - 1)``, each in a thread of its own; the work must let go of Python's lock."""
+    if threads == 1:
+        return lambda _: work(0)
+    pool = ThreadPoolExecutor(threads)
+    return lambda _: list(pool.map(work, range(threads)))
+
+
+def peak_probe(macs: int, threads: int) -> dict[str, Timed]:
+    """ "peak": so many multiply-adds by the best 8-bit dot product of the level in use, from registers; nothing where
+    that level has none."""
+    native = pyops._lib.native
+    if native.current_isa() == "baseline":
+        return {}
+    return {"peak": Timed(shared_out(lambda _: native.dot_products(macs // threads), threads))}
+
+
+def stream_probe(tensors: list[torch.Tensor], calls: int, threads: int) -> dict[str, Timed]:
+    """ "stream": reads the next ``calls`` of the tensors, in turn, and does nothing with them."""
+    native = pyops._lib.native
+    turn = itertools.cycle(tensors)
+    batch: list[tuple[int, int]] = []
+
+    def read(part: int) -> None:
+        for address, size in batch:
+            native.read_rate(address + part * size, size)
+
+    spread = shared_out(read, threads)
+
+    def run(_) -> None:
+        batch[:] = [(tensor.data_ptr(), tensor.nbytes // threads) for tensor in itertools.islice(turn, calls)]
+        spread(None)
+
+    return {"stream": Timed(run)}
 
 
 def machine_probes(threads: int) -> dict[str, float]:
-    """Bytes per second of the memory probes on 256 MiB, FLOP per second of float32 and bfloat16 GEMM at 1024."""
+    """Bytes per second of the memory probes on 256 MiB, FLOP per second of float32 and bfloat16 GEMM at 1024, and
+    multiply-adds per second of the 8-bit dot product."""
     clock = timer(threads)
     found = {}
     with _quiet(threads):
@@ -231,6 +274,12 @@ def machine_probes(threads: int) -> dict[str, float]:
             a, b = torch.randn(2, 1024, 1024).to(dtype)
             seconds = _seconds(lambda a=a, b=b: a @ b, 6, clock)
             found[f"gemm_{str(dtype).removeprefix('torch.')}_flop_per_s"] = 2 * 1024**3 / seconds
+        work = {"peak_macs_per_s": 1 << 34, "stream_bytes_per_s": tensor.nbytes}
+        probes = peak_probe(1 << 34, threads) | stream_probe([tensor], 1, threads)
+        for name, amount in work.items():
+            if name.split("_")[0] in probes:
+                probe = probes[name.split("_")[0]]
+                found[name] = amount / _seconds(lambda probe=probe: probe.run(None), 5, clock)
     return found
 
 
@@ -360,7 +409,9 @@ def measure(case: Case, references: Iterable[str] | None = None, compiled: bool 
     available = prepared.yardsticks | prepared.rivals
     wanted = available if references is None else {name: available[name] for name in references}
     times, compared = compare(prepared.target, wanted, case.threads, drive=drive)
-    return _row(case, prepared, times, compared)
+    for entry in compared.values():
+        entry["seconds"] /= prepared.calls
+    return _row(case, prepared, [seconds / prepared.calls for seconds in times], compared)
 
 
 def _row(case: Case, prepared: Prepared, times: list[float], compared: dict) -> dict:
@@ -387,16 +438,20 @@ def _row(case: Case, prepared: Prepared, times: list[float], compared: dict) -> 
         "rival_median": rivals[best]["seconds"] if best else None,
         "speedup": rivals[best]["ratio"] if best else None,
         "bytes": case.bytes,
+        "macs": case.macs,
         "fraction": _fractions(case, compared),
+        **prepared.facts,
     }
 
 
 def _fractions(case: Case, compared: dict) -> dict[str, float]:
-    """Bytes per second of the op over those of each probe on tensors of the same size in the same rounds."""
+    """Bytes per second of the op over those of each probe on tensors of the same size in the same rounds; what the
+    probes of equal work would have taken over what the op took."""
+    equal = {name: compared[name]["ratio"] for name in EQUAL_WORK if name in compared}
     if case.bytes < PROBED_BYTES:
-        return {}
+        return equal
     size = math.prod(case.shape) * getattr(torch, case.dtype).itemsize
-    return {
+    return equal | {
         name: compared[name]["ratio"] * case.bytes / (factor * size)
         for name, factor in PROBE_BYTES.items()
         if name in compared

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pyops._bench import harness
+from pyops._bench import harness, ternary, ternary_targets
 
 _KEY = ("op", "pass", "shape", "dtype", "threads")
 
@@ -49,7 +49,7 @@ def case_table(rows: list[dict]) -> str:
     header += ["torch.compile", "F.cross_entropy", "of copy", "of clone", "of read"]
     lines = []
     for row in rows:
-        if "dispatcher" in row["references"]:
+        if "dispatcher" in row["references"] or row["op"] in ternary.OPS:
             continue
         best = f"**{row['speedup']:.2f}** ({row['rival']})" if row["rival"] else ""
         rivals = [_speedup(row, name) for name in ("eager", "compile", "F.cross_entropy")]
@@ -59,11 +59,11 @@ def case_table(rows: list[dict]) -> str:
             + rivals
             + [_percent(row, probe) for probe in ("copy", "clone", "read")]
         )
-    return _markdown(header, lines)
+    return _markdown(header, lines) if lines else ""
 
 
 def call_table(rows: list[dict]) -> str:
-    """The price of a call: what Python costs over the dispatcher call, on logits so small that nothing else counts."""
+    """The price of a call: what Python costs over the dispatcher call, on tensors so small that nothing else counts."""
     lines = []
     for row in rows:
         if "dispatcher" in row["references"]:
@@ -78,7 +78,10 @@ def call_table(rows: list[dict]) -> str:
 def probe_table(rows: list[dict]) -> str:
     units = {"copy_bytes_per_s": "copy GB/s", "clone_bytes_per_s": "clone GB/s", "read_bytes_per_s": "read GB/s"}
     units |= {"gemm_float32_flop_per_s": "GEMM float32 GFLOP/s", "gemm_bfloat16_flop_per_s": "GEMM bfloat16 GFLOP/s"}
-    lines = [[str(row["threads"]), *(f"{row[name] / 1e9:.1f}" for name in units)] for row in rows]
+    units |= {"stream_bytes_per_s": "prefetched read GB/s", "peak_macs_per_s": "8-bit dot G multiply-adds/s"}
+    lines = [
+        [str(row["threads"]), *(f"{row[name] / 1e9:.1f}" if name in row else "" for name in units)] for row in rows
+    ]
     return _markdown(["threads", *units.values()], lines) if lines else ""
 
 
@@ -89,6 +92,8 @@ def text(rows: list[dict]) -> str:
     probes = [row for row in rows if row["op"] == "probe"]
     cases = [row for row in rows if row["op"] != "probe"]
     parts = [head, probe_table(probes), case_table(cases), call_table(cases)]
+    if any(row["op"] in ternary.OPS for row in cases):
+        parts.append(ternary_targets.text(cases, every_case=True))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -131,7 +136,7 @@ def plots(rows: list[dict], folder: Path) -> list[Path]:
         ratios = {name: [row["references"].get(name, {}).get("ratio") for row in compared] for name in names}
         ratios = {"best rival": [row["speedup"] for row in compared]} | ratios
         paths.append(_bars(compared, ratios, "times faster than", folder / "speedup.png"))
-    streamed = [row for row in rows if row.get("fraction")]
+    streamed = [row for row in rows if {"copy", "clone", "read"} & set(row.get("fraction", ()))]
     if streamed:
         shares = {probe: [row["fraction"].get(probe) for row in streamed] for probe in ("copy", "clone", "read")}
         paths.append(_bars(streamed, shares, "bandwidth as a fraction of the probe", folder / "roofline.png"))

@@ -1,9 +1,12 @@
-// pybind11 module _native: build facts, the CPU level in use, and test hooks. Tensors never pass through it: a
-// pybind11 function cannot be traced, faked or exported. The only Python-version-specific file.
+// pybind11 module _native: build facts, the CPU level in use, test hooks, and probes of the processor for benchmarks.
+// Tensors never pass through it: a pybind11 function cannot be traced, faked or exported. The only
+// Python-version-specific file.
 //
 // It links nothing of _ops.so: the level functions are looked up in the loaded library by _lib.py's handle.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+
+#include "probes.h"
 
 namespace py = pybind11;
 
@@ -52,6 +55,24 @@ py::dict build_info() {
   return info;
 }
 
+// The probes of the level in use. Other Python threads run meanwhile.
+double dot_rate(double milliseconds) {
+  const pyops::probes::Dots dots = pyops::probes::dots_of(current_isa());
+  const py::gil_scoped_release released;
+  return pyops::probes::dot_rate(dots, milliseconds);
+}
+
+int64_t dot_products(int64_t macs) {
+  const pyops::probes::Dots dots = pyops::probes::dots_of(current_isa());
+  const py::gil_scoped_release released;
+  return pyops::probes::dot_products(dots, macs);
+}
+
+double read_rate(uintptr_t address, int64_t bytes) {
+  const py::gil_scoped_release released;
+  return pyops::probes::read_rate(reinterpret_cast<const void*>(address), bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -61,4 +82,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("current_isa", &current_isa, "Level in use: detected, capped by PYOPS_CPU_ISA and force_isa.");
   module.def("force_isa", &force_isa, py::arg("level").none(true), "Cap the level until the next call; None lifts it.");
   module.def("build_info", &build_info, "Compiler, CUDA targets and sanitizers of this build.");
+  module.def(
+      "dot_rate", &dot_rate, py::arg("milliseconds"),
+      "Multiply-adds per second of one thread by the best 8-bit dot product of the level in use, from registers.");
+  module.def("dot_products", &dot_products, py::arg("macs"), "Takes at least so many of them; returns how many.");
+  module.def("read_rate", &read_rate, py::arg("address"), py::arg("bytes"),
+             "Reads memory once; bytes per second of one thread.");
 }

@@ -45,6 +45,7 @@ COUNTERS = {
     "ATOM": ("ATOM", "ATOMG", "ATOMS", "RED", "REDG"), "LDSM": ("LDSM",), "LDGSTS": ("LDGSTS",), "IDP": ("IDP",),
     "HMMA": ("HMMA",), "IMMA": ("IMMA",), "HGMMA": ("HGMMA",),
 }  # fmt: skip
+MATRIX = ("HMMA", "IMMA", "HGMMA")
 WANTED = ("LDG.128", "LDGSTS")  # fewer are worse
 LOCAL_MEMORY = ("spill_stores", "spill_loads", "LDL", "STL")
 
@@ -107,9 +108,24 @@ def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
     return kernels
 
 
+def matrix_loop(sass: str) -> dict[str, int]:
+    """Of the innermost loop with matrix instructions: how many instructions, and how many of them are such; nothing
+    where there is no such loop. A loop is what a branch back encloses."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
+    code = [(int(address, 16), opcode.split(".")[0], operands) for address, opcode, operands in lines]
+    loops = []
+    for address, opcode, operands in code:
+        target = re.search(r"\b0x([0-9a-f]+)\s*$", operands.strip()) if opcode == "BRA" else None
+        if target and int(target[1], 16) < address:
+            inside = [name for at, name, _ in code if int(target[1], 16) <= at <= address and name != "NOP"]
+            if matrix := sum(name in MATRIX for name in inside):
+                loops.append((len(inside), matrix))
+    return dict(zip(("loop_instructions", "loop_matrix"), min(loops), strict=True)) if loops else {}
+
+
 def count_instructions(sass: str) -> dict[str, int]:
-    """Of the kinds above, and all of them."""
-    counts = dict.fromkeys(COUNTERS, 0)
+    """Of the kinds above, and all of them; of the innermost matrix loop too."""
+    counts = dict.fromkeys(COUNTERS, 0) | matrix_loop(sass)
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     counts["instructions"] = sum(opcode != "NOP" for opcode in opcodes)  # no padding
     for opcode in opcodes:
@@ -218,12 +234,16 @@ def save(**sections) -> None:
 
 
 def table(ledger: dict) -> str:
-    lines = [f"{'kernel':58s} {'target':7s} {'regs':>4s} {'stack':>5s} {'spill':>5s} {'smem':>5s} LDG.128 STG.128"]
+    lines = [
+        f"{'kernel':58s} {'target':7s} {'regs':>4s} {'stack':>5s} {'spill':>5s} {'smem':>5s} LDG.128 STG.128 "
+        "instructions per matrix instruction"
+    ]
     for (_, kernel, target), numbers in rows(ledger).items():
         spills = numbers["spill_stores"] + numbers["spill_loads"]
         lines.append(
             f"{kernel:58s} {target:7s} {numbers['registers']:4d} {numbers['stack']:5d} {spills:5d} "
             f"{numbers['shared']:5d} {numbers.get('LDG.128', 0):7d} {numbers.get('STG.128', 0):7d}"
+            + (f" {numbers['loop_instructions'] / numbers['loop_matrix']:6.2f}" if "loop_matrix" in numbers else "")
         )
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -230,7 +231,57 @@ def spherical_calls(dtype: torch.dtype) -> None:
     _spherical_pair(tensors(1000, 2 * longest)[0][:, 1 : 1 + longest], target, None, None, 0, 0.0, 1)
 
 
-FAMILIES: dict[str, Callable[[torch.dtype], None]] = {"spherical": spherical_calls}
+def ternary_calls(dtype: torch.dtype) -> None:
+    """Every tile, with rows whole and in parts; every gamma, number of few tokens, quantizer and pair of formats."""
+    from pyops.triton_kernels.ternary import _configs, bitlinear, linear, quantize_activation, quantize_weight, repack
+
+    from pyops.ternary._formats import FORMATS, packed_dtype, packed_shape
+
+    if dtype == torch.float64:
+        return
+    t2 = repack.T2.value
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    def weights(rows: int, columns: int, form: int = t2) -> torch.Tensor:
+        return empty(*packed_shape(FORMATS[form], rows, columns), kind=packed_dtype(FORMATS[form]))
+
+    def gammas(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+        shapes = (), (rows,), (rows, columns // 256)
+        return tuple(empty(*shape, kind=torch.float32) for shape in shapes)
+
+    rows, columns = 4096, 4096
+    packed = weights(rows, columns)
+    for gamma in gammas(rows, columns):
+        x, grad = empty(300, columns), empty(300, rows)
+        linear.ternary_linear(x, packed, gamma, empty(rows), t2, rows, columns, 0, 127, 1e-5, None)
+        linear.ternary_linear(x, packed, gamma, empty(rows), t2, rows, columns, 8, 127, 1e-5, None)
+        linear.ternary_linear_backward_input(grad, packed, gamma, t2, columns)
+    for out_dtype in (dtype, torch.float32):
+        quantized, step = empty(300, columns, kind=torch.int8), empty(300, kind=torch.float32)
+        bitlinear.bitlinear_backward_weight(empty(300, rows), quantized, step, out_dtype)
+    for width in (512, 2048, 8192, 12288, 1001):
+        options = (gammas(rows, width)[1], empty(rows), 8, 127, 1e-5)
+        bitlinear.bitlinear(empty(16384, width), empty(rows, width), weights(rows, width), *options)
+    quantize_activation.ternary_quantize_activation(empty(300, columns), 127, 1e-5)
+    for measure, per_row, width in itertools.product((0, 1), (False, True), (columns, 1001)):
+        quantize_weight.ternary_quantize_weight(empty(rows, width), None, measure, per_row, 1e-5, False)
+    if dtype != torch.float32:
+        return  # integers do not know the dtype of the activations
+    scale = gammas(rows, columns)[0]
+    quantize_weight.ternary_quantize_weight(empty(rows, columns), scale, 0, False, 1e-5, True)
+    tiles = {tile for table in _configs.BY_ARCHITECTURE.values() for bucket in table.values() for tile in bucket}
+    for tokens, tile in itertools.product((16384, 64), sorted(tiles)):
+        q = quantize_activation.quantize(empty(tokens, columns), 127, 1e-5, natural=False, slabs=True)
+        linear._multiply_tiles(packed, q, scale, None, empty(tokens, rows), tile)
+    for tokens in (1, 2, 4):
+        linear.ternary_linear(empty(tokens, columns), packed, scale, None, t2, rows, columns, 8, 127, 1e-5, None)
+    for pair in itertools.permutations(range(len(FORMATS)), 2):
+        repack.ternary_repack(weights(rows, columns, pair[0]), *pair, rows, columns)
+
+
+FAMILIES: dict[str, Callable[[torch.dtype], None]] = {"spherical": spherical_calls, "ternary": ternary_calls}
 
 
 @functools.cache
@@ -300,7 +351,7 @@ def _compile_one(task: tuple[str, int, int]) -> Report:
 
 def _print_report(report: Report) -> None:
     print(
-        f"sm_{report.arch:<4}{report.kernel:<34}{report.registers:>4} regs{report.shared_bytes:>7} B shared"
+        f"sm_{report.arch:<4}{report.kernel:<41}{report.registers:>4} regs{report.shared_bytes:>7} B shared"
         f"{report.wide_loads:>4} LDG.128{report.wide_stores:>4} STG.128{report.instructions:>6} instr  {report.variant}"
         + "".join(f"  <-- {complaint}" for complaint in report.complaints()),
         flush=True,

@@ -190,7 +190,9 @@ PYOPS_DEVICE float16 f_f16(float value) { return {uint16_t(f_f16x2(value, 0.0f))
 
 // Adds to a counter of a block or of the grid. Integers only: their sum does not depend on the order of arrival.
 PYOPS_DEVICE void count(unsigned* counter, unsigned number) { atomicAdd(counter, number); }
-PYOPS_DEVICE void count(unsigned long long* counter, unsigned number) { atomicAdd(counter, (unsigned long long)number); }
+PYOPS_DEVICE void count(unsigned long long* counter, unsigned number) {
+  atomicAdd(counter, (unsigned long long)number);
+}
 
 // ---- one element ----------------------------------------------------------------------------------------
 

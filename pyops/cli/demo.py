@@ -1,4 +1,5 @@
-"""``demo``: trains a next-token model on real text with z_loss and with cross_entropy, then times every op.
+"""``demo``: trains a next-token model on real text with z_loss and with cross_entropy, and a classifier of digits with
+ternary weights, then times every op.
 
 The text is on every machine that has torch: the Python sources of the installed torch package, tokenised with the
 standard library. Every step is taken by each loss in turn, on the same batch, from the same initial weights, so
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyops
+from pyops.cli import digits as digits_demo
 
 SEED = 20_000
 CLASSES = 20_000
@@ -39,7 +41,7 @@ CONTEXT, EMBEDDING, HIDDEN = 12, 48, 192
 BATCH = 512
 STEPS = 350
 MINUTES = 3.0
-SECONDS_FOR_ROWS = 60  # of MINUTES, kept for the table of ops
+SECONDS_FOR_ROWS = 85  # of MINUTES, kept for the digits and the table of ops
 SECONDS_FOR_END = 20  # of these, kept for what follows the last torch.compile
 RIVAL_EVERY = 8  # F.cross_entropy differs from pyops.cross_entropy by time only: timed every 8th step
 
@@ -316,9 +318,47 @@ def spherical_rows(trainers: list[Trainer], corpus: Corpus, compile_until: float
         yield DemoRow(op, shape, 1e3 * median(times), rival, compared[rival]["ratio"], *errors, prepared.backend)
 
 
+def _product_error(y: Tensor, exact: Tensor) -> float:
+    return ((y.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def ternary_rows(trainers: list[Trainer], corpus: Corpus, compile_until: float) -> Iterator[DemoRow]:
+    """The hidden layer of the language model on held-out text, as a ternary one: a training step against the same in
+    torch, and its packed form against torch with the weight rounded before. Errors are of the product, against float64
+    on the same rounded numbers."""
+    from pyops._bench import harness, ternary
+
+    model = trainers[0].model
+    with torch.no_grad():
+        x = model.embedding(_held_out_examples(corpus, 256)[0]).flatten(1)
+    layer = pyops.nn.BitLinear.from_linear(nn.Linear(x.shape[1], HIDDEN, bias=False))
+    layer.weight = nn.Parameter(model.hidden[0].weight.detach())
+    weight, packed, threads = layer.weight.detach(), layer.pack(), torch.get_num_threads()
+    rounded, gamma = pyops.ternary.quantize_weight(weight)
+    q, step = pyops.ternary.quantize_act(x)
+    exact = (q.double() * step.double()) @ (rounded.double() * gamma.double()).T
+    eager_weight = rounded.float() * gamma
+
+    def eager(_) -> Tensor:
+        tokens, steps = ternary.eager_activations(x)
+        return F.linear(tokens.float() * steps, eager_weight)
+
+    grad = torch.ones(x.shape[0], HIDDEN)
+    steps = [
+        ternary.training_step(function, x, weight, grad) for function in (pyops.bitlinear, ternary.eager_bitlinear)
+    ]
+    in_use = [harness.Timed(torch.no_grad()(run)) for run in (lambda _: packed(x), eager)]
+    errors = [_product_error(run(None), exact) for run in (lambda _: packed(x), eager)]
+    shape = f"{x.shape[0]} x {x.shape[1]} float32"
+    for op, (ours, theirs) in {"bitlinear": steps, "PackedBitLinear, forward": in_use}.items():
+        times, compared = harness.compare(ours, {"eager": theirs}, threads, seconds=0.4)
+        backend = pyops.explain("bitlinear", x, weight).backend
+        yield DemoRow(op, shape, 1e3 * median(times), "eager", compared["eager"]["ratio"], *errors, backend)
+
+
 #: One provider per family: (trainers, corpus, compile_until) -> rows. A family's input is real: text, or
 #: what a trained model makes of it. torch.compile rivals (seconds each) only until the time given.
-ROW_PROVIDERS = (spherical_rows,)
+ROW_PROVIDERS = (spherical_rows, ternary_rows)
 
 
 # ---- output ------------------------------------------------------------------------------------------------
@@ -438,9 +478,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _notices() -> list[str]:
-    missing = [name for name in ("tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
+    what = {"tqdm": "no progress bars", "matplotlib": "no plots", "sklearn": "no digits"}
+    missing = [name for name in what if importlib.util.find_spec(name) is None]
     advice = "pip install 'pyops-kernels[demo]'"
-    what = {"tqdm": "no progress bars", "matplotlib": "no plots"}
     return [f"{name} is not installed: {what[name]} ({advice})" for name in missing]
 
 
@@ -457,6 +497,10 @@ def run(arguments: argparse.Namespace) -> int:
     with _Progress("training", arguments.steps, "step") as progress:
         trainers = train(corpus, arguments.steps, end - SECONDS_FOR_ROWS, progress)
     training = _training_rows(trainers)
+    digits = None
+    if not any("sklearn" in notice for notice in notices):
+        with _Progress("digits", digits_demo.STEPS * len(digits_demo.SETTINGS), "step") as progress:
+            digits = digits_demo.run(progress)
     rows: list[DemoRow] = []
     with _Progress("ops on real input", None, "op") as progress:
         for provider in ROW_PROVIDERS:
@@ -464,22 +508,25 @@ def run(arguments: argparse.Namespace) -> int:
                 rows.append(row)
                 progress(1)
     plots = [] if any("matplotlib" in notice for notice in notices) else _plot(trainers, rows, arguments.out)
+    if plots and digits is not None:
+        plots.append(digits_demo.plot(digits, arguments.out))
     seconds = time.monotonic() - start
     if arguments.json:
         result = {
             "training": training,
             "curves": {trainer.setting.name: trainer.curve for trainer in trainers[: len(SETTINGS)]},
+            "digits": None if digits is None else digits.as_dict(),
             "ops": [asdict(row) for row in rows],
             "plots": [str(path) for path in plots],
             "seconds": seconds,
         }
         print(json.dumps(result, indent=2))
     else:
-        _print_report(corpus, arguments.steps, training, rows, plots, seconds)
+        _print_report(corpus, arguments.steps, training, digits, rows, plots, seconds)
     return 0
 
 
-def _print_report(corpus, steps, training, rows, plots, seconds) -> None:
+def _print_report(corpus, steps, training, digits, rows, plots, seconds) -> None:
     taken = training[0]["steps"]
     print(
         f"\nText: {corpus.files} files of torch, {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} "
@@ -490,7 +537,10 @@ def _print_report(corpus, steps, training, rows, plots, seconds) -> None:
         f"; stopped before {steps} to keep within the time." if taken < steps else "."
     ))  # fmt: skip
     print("\n" + _training_table(training))
-    print("\nOps on logits of the trained models, forward and backward; error is relative, against float64:\n")
+    if digits is not None:
+        print("\nDigits: the same small network with float32 and with ternary weights, packed after training:\n")
+        print(_table(list(digits_demo.table_rows(digits))))
+    print("\nOps on what the trained models compute, forward and backward; error is relative, against float64:\n")
     print(_op_table(rows))
     print(f"\n{seconds:.0f} s in all")
     for path in plots:

@@ -29,7 +29,9 @@ register_no_derivative(_NAME)
 def quantize_act(x: Tensor, qmax: int = 127, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     r"""Rounds activations to 8 bits with one step per token (last dimension)::
 
-        s = qmax / max(max |x|, eps);   q = clip(round(x * s), -128, 127), ties to even;   step = max(max |x|, eps) / qmax
+        s    = qmax / max(max |x|, eps)
+        q    = clip(round(x * s), -128, 127)      ties to even
+        step = max(max |x|, eps) / qmax
 
     Args:
         x: ``[..., in_features]``, float32, bfloat16 or float16, any strides. Not differentiable here.

@@ -105,7 +105,8 @@ def quantized(weight: Tensor, scale: Tensor | None, options: tuple) -> tuple[Ten
     same = known is not None and known[0] == key and _dispatch.snapshot() == known[3]
     if same and (sample is None or torch.equal(sample, known[1])):
         return known[2]
-    result = _op(weight.detach(), None, *options)
+    with torch.inference_mode(False):  # what is remembered may be saved for a backward later
+        result = _op(weight.detach(), None, *options)
     _memory[weight] = (key, sample, result, _dispatch.snapshot())
     return result
 

@@ -591,6 +591,7 @@ def describe(name: str) -> Function:
         edges=EDGES,
         large=LARGE,
         batch={"logits": 0, "target": 0, "target_weight": 0},
+        positional=("logits", "target"),
         differentiable=("logits",),
         definition=definition_of(name),
         plain=plain,

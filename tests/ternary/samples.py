@@ -242,7 +242,7 @@ def make_linear(
     has_bias, leading = options.pop("bias", False), options.pop("leading", False)
     random = _generator(seed)
     if granularity == "group":
-        inputs = GROUP * min(inputs, 3)
+        inputs = GROUP * min(inputs, 2)
     x = (_normal(random, *((rows, 2, inputs) if leading else (rows, inputs))) * scale + offset).to(dtype)
     packed = encoded(_ternary(random, outputs, inputs), options.get("fmt", "t2"))
     shape = {"tensor": (), "row": (outputs,), "group": (outputs, inputs // GROUP)}[granularity]
@@ -786,6 +786,7 @@ COMMON: dict[str, Any] = {
     "full": "full",
     "sizes": SIZES,
     "edges": EDGES,
+    "few_edges": {"rows": (1, 4, 5, 17), "inputs": (1, 3, 17, 65), "outputs": (1, 17, 33)},
     "large": LARGE,
     "batch": {"x": 0},
     "autocast": under_autocast,
@@ -803,6 +804,7 @@ FUNCTIONS = (
         function=pyops.bitlinear,
         make=make_bitlinear,
         variants=tuple(BITLINEAR_VARIANTS),
+        positional=("x", "weight", "bias"),
         differentiable=("x", "weight", "bias", "scale"),
         definition=bitlinear_definition,
         plain=bitlinear_definition,
@@ -824,6 +826,7 @@ FUNCTIONS = (
         function=pyops.ternary.linear_packed,
         make=make_linear,
         variants=tuple(LINEAR_VARIANTS),
+        positional=("x", "packed", "gamma", "bias"),
         differentiable=("x", "bias"),
         definition=linear_packed_definition,
         plain=linear_packed_definition,

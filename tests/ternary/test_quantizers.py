@@ -391,6 +391,15 @@ def test_views_and_inference_tensors():
         assert_same_bits(bitlinear(x, made), bitlinear(x, made.clone()))
 
 
+def test_evaluation_in_inference_mode_does_not_spoil_training():
+    """What was remembered there serves the backward of the next step."""
+    weight, x = torch.randn(8, 12, requires_grad=True), torch.randn(3, 12)
+    with torch.inference_mode():
+        bitlinear(x, weight)
+    bitlinear(x, weight).sum().backward()
+    assert weight.grad.shape == weight.shape
+
+
 def test_forget():
     one, other = torch.randn(4, 6), torch.randn(4, 6)
     assert quantizations(one) + quantizations(other) == 2

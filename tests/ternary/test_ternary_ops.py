@@ -229,13 +229,23 @@ LENGTHS = (1, 64, 65, 256, 1023, 4097, 20000)
 def test_no_accumulator_saturates(fmt, backend, count_cases):
     """Rows of weights 1 and of weights -1, and all activations at the end of their range: exactly 127 K, or -128 K."""
     signs = torch.tensor([1, -1, 1], dtype=torch.int8)
-    for k, rows in itertools.product(LENGTHS, (1, 2, 5, 13)):
+    cases = [*itertools.product(LENGTHS, (1, 2, 5, 13)), (131109, 1), (131109, 5)]
+    for k, rows in cases:
         packed = encoded(signs[:, None].expand(3, k), fmt)
         for qmax, value, q in ((127, 1.0, 127), (127, -1.0, -127), (128, -1.0, -128), (128, 1.0, 127)):
             x = torch.full((rows, k), value)
             y = linear_packed(x, packed, torch.tensor(float(qmax)), fmt=fmt, in_features=k, out_features=3, qmax=qmax)
             assert torch.equal(y, (signs * float(q * k)).expand(rows, 3)), (k, rows, qmax, value, y[0, 0])
-    count_cases(4 * 4 * len(LENGTHS))
+    count_cases(4 * len(cases))
+
+
+@on_cpu_levels
+def test_longest_sum(backend):
+    """At the most in_features there may be, -128 in each: the int32 sum is its least number."""
+    k = 1 << 24
+    packed, x = pack(torch.ones(1, k, dtype=torch.int8)), torch.full((1, k), -1.0, dtype=torch.bfloat16)
+    y = linear_packed(x, packed, torch.tensor(128.0), in_features=k, qmax=128, out_dtype=torch.float32)
+    assert y.item() == -(2.0**31)
 
 
 @pytest.mark.row("R6")
@@ -283,7 +293,7 @@ def test_groups_of_256(backend):
     x, packed, gamma, bias = call.tensors.values()
     ternary = unpack(packed, "t2", x.shape[1])
     q, step = rounded_activations(x)
-    sums = torch.einsum("mgk,ngk->mng", q.double().unflatten(1, (3, 256)), ternary.double().unflatten(1, (3, 256)))
+    sums = torch.einsum("mgk,ngk->mng", q.double().unflatten(1, (2, 256)), ternary.double().unflatten(1, (2, 256)))
     terms = sums * gamma.double() * step.double()[:, :, None]
     error = (call(linear_packed)[0].double() - terms.sum(2) - bias.double()).abs()
     assert (error <= 1e-6 * (terms.abs().sum(2) + bias.double().abs())).all()

@@ -17,7 +17,6 @@ tiles but the first and the last of a row are then loaded without a mask and wit
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -27,9 +26,10 @@ from torch import Tensor
 
 from pyops._autograd import reject
 
+from .._device import INTERPRETED, round_to
+
 REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 # --------------------------------------------------------------------------------------------------- sizes
@@ -191,20 +191,6 @@ def load_tile(pointers, mask, whole, FILL: tl.constexpr, ACCUMULATOR: tl.constex
 
 
 @triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """float64 or float32 to the type of an output, to nearest; to the 16-bit types by way of float32. The
-    interpreter truncates to bfloat16 (and gets subnormals wrong), so for it the rounding is done on the bits."""
-    if dtype == tl.float64:
-        return value.to(tl.float64)
-    value = value.to(tl.float32)
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits += tl.where(value == value, 0x7FFF + ((bits >> 16) & 1), 0)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
 def store_tile(pointers, tile, mask, whole):
     """Rounds to the type of the output here and nowhere earlier."""
     rounded = round_to(tile, pointers.dtype.element_ty)
@@ -360,10 +346,6 @@ def launch(kernel, grid, *arguments, num_warps: int, registers: int | None = Non
             enable_fp_fusion=True,
             sanitize_overflow=False,
         )
-
-
-def on_device_of(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyops.spherical import _checks
 
+from .._device import on_device_of, round_to
 from . import _common
 from ._common import (
     add_target_gradients,
@@ -25,7 +26,6 @@ from ._common import (
     load_tile,
     load_upstream,
     part_span,
-    round_to,
     row_skew,
     rows_that_count,
     scaled_statistic,
@@ -340,7 +340,7 @@ def cross_entropy(
     )
     partials = logits.new_empty((4 if smoothing else 2, rows, plan.parts), dtype=torch.float64)
     targets = (target_count, *target.stride(), *_common.strides(target_weight), ignore_index)
-    with _common.on_device_of(logits):
+    with on_device_of(logits):
         _common.launch(
             row_exponentials, (plan.row_blocks, plan.parts),
             logits, target, target_weight, weight, partials, rows, classes, logits.stride(0), plan.lead,
@@ -371,7 +371,7 @@ def _write_gradient(grad_loss, logits, target, weight, statistics, normalizer, g
     tile = plan.tile
     rows, classes = logits.shape
     grad_aligned = _common.grad_aligned(logits, grad_logits, plan)
-    with _common.on_device_of(logits):
+    with on_device_of(logits):
         _common.launch(
             logits_gradient, (plan.row_blocks * plan.column_blocks,),
             grad_loss, logits, target, None if weight is None else weight.contiguous(), statistics,

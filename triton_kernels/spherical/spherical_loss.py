@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyops.spherical import _checks
 
+from .._device import on_device_of, round_to
 from . import _common
 from ._common import (
     add_target_gradients,
@@ -25,7 +26,6 @@ from ._common import (
     load_tile,
     load_upstream,
     part_span,
-    round_to,
     row_skew,
     rows_that_count,
     scaled_statistic,
@@ -532,7 +532,7 @@ def spherical_loss(
             *_common.strides(target_weight), ignore_index)  # fmt: skip
     wide = accumulator(logits, loss)
     cut = {"LOG_OF": log_of, "PEEL": plan.peel, "VECTOR": plan.vector}
-    with _common.on_device_of(logits):
+    with on_device_of(logits):
         _common.launch(
             row_moments, (plan.row_blocks, plan.parts),
             logits, target, target_weight, partials, *walk, plan.part_columns, eps,
@@ -562,7 +562,7 @@ def _write_gradient(grad_loss, logits, target, statistics, normalizer, loss, eps
     rows, classes = logits.shape
     grad_aligned = _common.grad_aligned(logits, grad_logits, plan)
     registers = _common.gradient_registers(logits, plan, grad_aligned, target.size(1))
-    with _common.on_device_of(logits):
+    with on_device_of(logits):
         _common.launch(
             logits_gradient, (plan.row_blocks * plan.column_blocks,),
             grad_loss, logits, target, statistics, normalizer, grad_logits,
