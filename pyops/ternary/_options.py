@@ -65,7 +65,7 @@ def qmax(op: str, value: object) -> int:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of matrix products on the device of ``x``, or None."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

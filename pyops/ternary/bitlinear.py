@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,8 @@ class _BitLinear(torch.autograd.Function):
     """Saves one byte per activation and a quarter of a byte per weight."""
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, bias, packed, options):
+    def forward(ctx, x, weight, gamma, bias, constants):  # one tuple: apply() costs per argument
+        packed, options = constants
         with below_autograd():
             y, quantized, step = _op(x, weight, packed, gamma, bias, *options)
         ctx.save_for_backward(packed, gamma, quantized, step, None if options[0] else x)
@@ -101,7 +104,7 @@ class _BitLinear(torch.autograd.Function):
         saved = ctx.saved_tensors  # activation checkpointing computes them here, and needs autograd for it
         with _dispatch.restored(ctx.backend), below_autograd():
             gradients = _gradients(ctx.needs_input_grad[:4], grad, *saved, *ctx.arguments)
-        return (*gradients, None, None)
+        return (*gradients, None)
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -134,39 +137,60 @@ def _mixed(x, weight, bias, packed, gamma, options, lambda_) -> Tensor:
     return y if torch.compiler.is_compiling() or not y.requires_grad else _FirstDerivative.apply(y)
 
 
-def _run(x, weight, bias, packed, gamma, options) -> Tensor:
-    if torch.compiler.is_compiling():
+def _run(x, weight, bias, packed, gamma, options, compiling) -> Tensor:
+    if compiling:
         return _op(x, weight, packed, gamma, bias, *options)[0]
     wanted = x.requires_grad or weight.requires_grad or gamma.requires_grad
     if torch.is_grad_enabled() and (wanted or (bias is not None and bias.requires_grad)):
-        return _BitLinear.apply(x, weight, gamma, bias, packed, options)
+        return _BitLinear.apply(x, weight, gamma, bias, (packed, options))
     with below_autograd():
         return _op(x, weight, packed, gamma, bias, *options)[0]
 
 
-def _arguments(x, weight, bias, weight_measure, granularity, qmax, eps, eps_mode, act_bits, lambda_, scale) -> tuple:
-    """(x, bias, weight options, product options) after the checks that Python makes."""
-    for name, value in (("x", x), ("weight", weight)):
-        _options.tensor(_NAME, name, value)
-    for name, value in (("bias", bias), ("scale", scale)):
-        _options.tensor(_NAME, name, value, optional=True)
-    _checks.floating(_NAME, "weight", weight)
-    if weight.dim() != 2:
-        reject(_NAME, "weight", "have shape [out_features, in_features]", str(list(weight.shape)))
-    if x.dim() == 0:
-        reject(_NAME, "x", "have at least one dimension", "[]")
+def _checked_options(weight_measure, granularity, qmax, eps, eps_mode, act_bits, lambda_) -> tuple[tuple, tuple]:
+    """(of the weight, of the product), or the error that an option deserves."""
     _options.number(_NAME, "lambda_", lambda_, 0, 1, "be in [0, 1]")
     eps = _options.positive_eps(_NAME, eps)
     weight_options = (
         _options.measure(_NAME, weight_measure), _options.per_row(_NAME, granularity), eps,
         _options.eps_mode(_NAME, eps_mode),
     )  # fmt: skip
+    return weight_options, (_options.act_bits(_NAME, act_bits), _options.qmax(_NAME, qmax), eps)
+
+
+_known_options = functools.lru_cache(maxsize=64, typed=True)(_checked_options)
+
+
+def _arguments(
+    x, weight, bias, weight_measure, granularity, qmax, eps, eps_mode, act_bits, lambda_, scale, compiling=False,
+) -> tuple:  # fmt: skip
+    """(x, bias, weight options, product options) after the checks that Python makes."""
+    _options.tensor(_NAME, "x", x)
+    _options.tensor(_NAME, "weight", weight)
+    if bias is not None:
+        _options.tensor(_NAME, "bias", bias, optional=True)
+    if scale is not None:
+        _options.tensor(_NAME, "scale", scale, optional=True)
+    if weight.dtype not in _checks.FLOATING:
+        _checks.floating(_NAME, "weight", weight)
+    if weight.dim() != 2:
+        reject(_NAME, "weight", "have shape [out_features, in_features]", str(list(weight.shape)))
+    if x.dim() == 0:
+        reject(_NAME, "x", "have at least one dimension", "[]")
+    options = weight_measure, granularity, qmax, eps, eps_mode, act_bits, lambda_
+    if compiling:
+        checked = _checked_options(*options)
+    else:
+        try:
+            checked = _known_options(*options)
+        except TypeError:  # also what has no hash
+            checked = _checked_options(*options)
     dtype = _options.autocast_dtype(x)
     if dtype is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         reject(_NAME, "x", f"be {_checks.dtype_name(weight.dtype)} like weight", _checks.dtype_name(x.dtype))
-    return x, bias, weight_options, (_options.act_bits(_NAME, act_bits), _options.qmax(_NAME, qmax), eps)
+    return x, bias, *checked
 
 
 # ---- public function -------------------------------------------------------------------------------------------
@@ -227,9 +251,12 @@ def bitlinear(
         >>> [round(v, 4) for v in y[0].tolist()], [round(v, 3) for v in weight.grad[0].tolist()]
         ([0.6551, 0.6449], [1.008, 2.0])
     """
-    args = _arguments(x, weight, bias, weight_measure, granularity, qmax, eps, eps_mode, act_bits, lambda_, scale)
+    compiling = torch.compiler.is_compiling()
+    args = _arguments(
+        x, weight, bias, weight_measure, granularity, qmax, eps, eps_mode, act_bits, lambda_, scale, compiling
+    )
     x, bias, weight_options, options = args
-    if torch.compiler.is_compiling():
+    if compiling:
         refuse_transforms_under_compile(_NAME)
     elif transform_level_active():
         _checks.quantize_weight(weight, scale, *weight_options[:3])
@@ -245,6 +272,6 @@ def bitlinear(
     if lambda_ != 1:
         return _mixed(x, weight, bias, packed, gamma, options, lambda_)
     if x.dim() == 2:
-        return _run(x, weight, bias, packed, gamma, options)
+        return _run(x, weight, bias, packed, gamma, options, compiling)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return _run(flat, weight, bias, packed, gamma, options).reshape(*x.shape[:-1], weight.shape[0])
+    return _run(flat, weight, bias, packed, gamma, options, compiling).reshape(*x.shape[:-1], weight.shape[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyops import _dispatch
 from pyops._autograd import register_no_derivative, transform_level_active
@@ -82,16 +84,27 @@ def quantize_weight(
 # ---- the last result for each weight ---------------------------------------------------------------------------
 
 _SAMPLES = 64
-_memory = WeakTensorKeyDictionary()
 
 
-def _sample(weight: Tensor) -> Tensor | None:
+class _Known(NamedTuple):
+    weight: weakref.ref
+    key: tuple
+    places: Tensor | None  # a few elements of the weight itself, and what they were
+    values: Tensor | None
+    backend: dict | None
+    result: tuple[Tensor, Tensor]
+
+
+_memory: dict[int, _Known] = {}  # by id of the weight
+
+
+def _places(weight: Tensor) -> Tensor | None:
     """A few weights, on the CPU: a write through ``.data`` leaves no other trace. (On a GPU the comparison would wait
     for the device; there such writes must be followed by :func:`forget`.)"""
     if weight.device.type != "cpu" or weight.numel() == 0:
         return None
-    flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach()[:1].reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+    flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach()[0]
+    return flat[:: max(1, flat.numel() // _SAMPLES)]
 
 
 def quantized(weight: Tensor, scale: Tensor | None, options: tuple) -> tuple[Tensor, Tensor]:
@@ -99,15 +112,23 @@ def quantized(weight: Tensor, scale: Tensor | None, options: tuple) -> tuple[Ten
     accumulation, checkpointing and evaluation quantize once."""
     if torch.compiler.is_compiling() or scale is not None or weight.is_inference():
         return _op(weight.detach(), None if scale is None else scale.detach(), *options)
-    key = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options)
-    known = _memory.get(weight)
-    sample = _sample(weight)
-    same = known is not None and known[0] == key and _dispatch.snapshot() == known[3]
-    if same and (sample is None or torch.equal(sample, known[1])):
-        return known[2]
+    key = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), options)
+    known = _memory.get(id(weight))
+    if (
+        known is not None
+        and known.weight() is weight
+        and known.key == key
+        and known.backend == _dispatch.snapshot()
+        and (known.places is None or torch.equal(known.places, known.values))
+    ):
+        return known.result
     with torch.inference_mode(False):  # what is remembered may be saved for a backward later
         result = _op(weight.detach(), None, *options)
-    _memory[weight] = (key, sample, result, _dispatch.snapshot())
+        places = _places(weight)
+        values = None if places is None else places.clone()
+    number = id(weight)
+    gone = weakref.ref(weight, lambda _: _memory.pop(number, None))
+    _memory[number] = _Known(gone, key, places, values, _dispatch.snapshot(), result)
     return result
 
 
@@ -126,4 +147,4 @@ def forget(weight: Tensor | None = None) -> None:
     if weight is None:
         _memory.clear()
     else:
-        _memory.pop(weight, None)
+        _memory.pop(id(weight), None)

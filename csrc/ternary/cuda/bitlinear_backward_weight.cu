@@ -1,6 +1,6 @@
 // dW = (step g)^T q, straight through the rounding of weights: float_product.cuh with both operands as they lie, tokens
 // being what is summed over. Bytes are exact; step g is one plane of bfloat16 for bfloat16 gradients (as the rounding
-// of step q would be in a product of bfloat16), two for float16, three for float32.
+// of step q would be in a product of bfloat16), two for float16, three for float32 and for results in float32.
 #include "bitlinear_backward_weight.cuh"
 #include "float_product.cuh"
 
@@ -33,6 +33,9 @@ extern "C" int pyops_bitlinear_backward_weight(const BitlinearBackwardWeight* ar
   p.right_stride = a.quantized_stride;
   p.out = a.out;
   p.out_dtype = a.out_dtype;
-  if (a.dtype == DType::bfloat16) return launch<bfloat16, 1>(p, stream);
-  return a.dtype == DType::float16 ? launch<float16, 2>(p, stream) : launch<float, 3>(p, stream);
+  if (a.dtype == DType::float32) return launch<float, 3>(p, stream);
+  if (a.out_dtype == DType::float32) {  // asked for where all of dW is summed up: the gradient of a learned scale
+    return a.dtype == DType::bfloat16 ? launch<bfloat16, 3>(p, stream) : launch<float16, 3>(p, stream);
+  }
+  return a.dtype == DType::bfloat16 ? launch<bfloat16, 1>(p, stream) : launch<float16, 2>(p, stream);
 }
