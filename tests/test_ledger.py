@@ -156,3 +156,46 @@ def test_triton_ledger_notices():
             (message,) = triton_offline.regressions(entries, worse)
             assert number in message
             assert kernel in message
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0020*/                   IMMA.16832.S8.S8 R8, R4.ROW, R6.COL, R8 ;
+        /*0030*/                   IMMA.16832.S8.S8 R8, R4.ROW, R6.COL, R8 ;
+        /*0040*/                   NOP ;
+        /*0050*/              @!P0 BRA 0x10 ;
+        /*0060*/                   IADD3 R3, R3, 0x1, RZ ;
+        /*0070*/               @P1 BRA 0x0 ;
+        /*0080*/               @P2 BRA 0xa0 ;
+        /*0090*/                   STG.E [R2.64], R8 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0xb0 ;
+"""
+
+
+def test_matrix_loop():
+    """The innermost of two loops; padding does not count, nor does a branch forward or one to itself."""
+    assert cuda_ledger.matrix_loop(SASS) == {"loop_instructions": 4, "loop_matrix": 2}
+    assert cuda_ledger.matrix_loop(SASS.replace("IMMA", "IMAD")) == {}
+    counted = cuda_ledger.count_instructions(SASS)
+    assert (counted["IMMA"], counted["LDSM"], counted["loop_instructions"]) == (2, 1, 4)
+
+
+def test_estimate_counts_what_matrix_loops_issue():
+    """Five instructions for every matrix instruction, an instruction per scheduler and clock."""
+    device = ledger_traffic.DEVICES["sm_90a"]
+    numbers = {"registers": 32, "loop_instructions": 320, "loop_matrix": 64}
+    launch = {"kernel": "product", "grid": [132, 1, 1], "threads": 256, "shared": 0, "sectors": 0, "mma": 10**8}
+    case = {"bytes": 1, "flops": 0, "launches": [launch]}
+    found = ledger_traffic.estimate(case, {"product": {"sm_90a": numbers}}, "sm_90a")["microseconds"]
+    issued = 5 * 10**8 / (device.multiprocessors * 4 * device.clock)
+    assert found == round(1e6 * max(issued, 10**8 * ledger_traffic.MMA_FLOPS / device.matrix_rate), 1)
+    more = {"product": {"sm_90a": numbers | {"loop_instructions": 640}}}
+    assert ledger_traffic.estimate(case, more, "sm_90a")["microseconds"] == round(2e6 * issued, 1)
+
+
+def test_tiled_cases_may_read_again():
+    case = {"bytes": 1000, "launches": [{"sectors": 1000}]}
+    assert len(ledger_traffic.excesses({"once": case})) == 1
+    assert ledger_traffic.excesses({"product": case | {"tiled": True}}) == []

@@ -248,6 +248,10 @@ def random_calls(draw, name: str, tiny: bool) -> Call:
     classes = draw(st.one_of(st.integers(2, 20), st.sampled_from(edges)), "classes")
     several = draw(st.one_of(st.none(), st.integers(1, 4)), "targets")
     dtype = draw(st.sampled_from(FLOATING), "dtype")
+    # Of two classes, or a uniform target, all of the gradient cancels, in the definition to what float64 leaves: with
+    # 60 digits the kernels are right to 1e-16 there, the definition to 1e-11. No wider type is at hand to judge by.
+    cancels = name == "z_loss" and dtype == torch.float64
+    classes = max(classes, 3) if cancels else classes
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31), "seed"))
     scale, offset = draw(st.sampled_from((1e-2, 1.0, 8.0))), draw(st.sampled_from((0.0, 3.0, 300.0)))
     shape = (rows,) if several is None else (rows, several)
@@ -260,7 +264,7 @@ def random_calls(draw, name: str, tiny: bool) -> Call:
     target_weight = (torch.rand(shape, generator=random) + 0.25).to(dtype) if draw(st.booleans()) else None
     options = {
         "reduction": draw(st.sampled_from(REDUCTIONS)),
-        "label_smoothing": draw(st.sampled_from((0.0, 0.1, 1.0))),
+        "label_smoothing": draw(st.sampled_from((0.0, 0.1) if cancels else (0.0, 0.1, 1.0))),
         "ignore_index": ignore_index,
         "safe_mean": draw(st.booleans()),
         "out_dtype": draw(st.sampled_from((None, torch.float32, torch.float64))),

@@ -77,13 +77,13 @@ def weight_at(FORM: tl.constexpr, byte, DIGIT: tl.constexpr):
     elif FORM == T5:
         return byte * 0, byte * 5 + DIGIT
     elif FORM == T2X16:
-        return byte % 64 // 4, byte // 64 * 16 + DIGIT * 4 + byte % 4
+        return (byte >> 2) & 15, (byte >> 6) * 16 + DIGIT * 4 + (byte & 3)
     elif FORM == T5X16:
-        return byte % 64 // 4, byte // 64 * 20 + DIGIT * 4 + byte % 4
+        return (byte >> 2) & 15, (byte >> 6) * 20 + DIGIT * 4 + (byte & 3)
     else:
-        lane = byte % 512 // 16
-        k = byte // 512 * 128 + byte % 16 // 4 * 32 + DIGIT // 2 * 16 + lane % 4 * 4 + byte % 4
-        return lane // 4 + DIGIT % 2 * 8, k
+        lane = (byte >> 4) & 31
+        k = (byte >> 9) * 128 + ((byte >> 2) & 3) * 32 + DIGIT // 2 * 16 + (lane & 3) * 4 + (byte & 3)
+        return (lane >> 2) + DIGIT % 2 * 8, k
 
 
 @triton.jit
@@ -92,16 +92,16 @@ def place_of(FORM: tl.constexpr, row, k):
     if FORM == INT8:
         return k, k * 0
     elif FORM == T2:
-        return k // 4, k % 4
+        return k >> 2, k & 3
     elif FORM == T5:
         return k // 5, k % 5
     elif FORM == T2X16:
-        return k // 16 * 64 + row * 4 + k % 4, k % 16 // 4
+        return (k >> 4) * 64 + row * 4 + (k & 3), (k >> 2) & 3
     elif FORM == T5X16:
-        return k // 20 * 64 + row * 4 + k % 4, k % 20 // 4
+        return k // 20 * 64 + row * 4 + (k & 3), k % 20 // 4
     else:
-        lane = row % 8 * 4 + k % 16 // 4
-        return k // 128 * 512 + lane * 16 + k % 128 // 32 * 4 + k % 4, row // 8 + k % 32 // 16 * 2
+        lane = (row & 7) * 4 + ((k >> 2) & 3)
+        return (k >> 7) * 512 + lane * 16 + ((k >> 5) & 3) * 4 + (k & 3), (row >> 3) + ((k >> 4) & 1) * 2
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def converted(op: str, argument: str, source: Tensor, from_format: int, to_forma
         _common.launch(
             convert, (shape[0] * chunks,),
             source.contiguous(), result, invalid, out_features, in_features, chunks,
-            FROM=from_format, TO=to_format, BYTES=BYTES, num_warps=4,
+            FROM=from_format, TO=to_format, BYTES=BYTES, num_warps=4, registers=128,
         )  # fmt: skip
     if not _common.known_valid(source):
         _common.reject_invalid(invalid, op, argument, source, from_format, out_features, in_features)

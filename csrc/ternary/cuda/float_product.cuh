@@ -115,18 +115,28 @@ struct LeftTile {
     }
   }
 
-  PYOPS_DEVICE void put(const FloatProduct& p, int64_t first_column, int64_t step, dev::Bits128* tile) const {
-    constexpr int kScales = kTransposed ? kOwn : 8;  // of the lines, or of the elements of each
-    float scales[kScales];
-    if constexpr (kScaled) {
-      const float* scale = p.scale + (p.scale_grouped ? first_column / kTernaryGroup : 0);
-      const int64_t first = step * kProductDepth + (kTransposed ? line : part * 8);
-#pragma unroll
-      for (int i = 0; i < kScales; ++i) {
-        const int64_t k = first + i * (kTransposed ? kApart : 1);
-        scales[i] = k < p.reduction ? scale[k * p.scale_stride] : 0.0f;
+  // Of a thread's lines, or of the elements of each.
+  static constexpr int kScales = kTransposed ? kOwn : 8;
+  PYOPS_DEVICE void load_scales(const FloatProduct& p, int64_t first_column, int64_t step,
+                                float (&scales)[kScales]) const {
+    const float* scale = p.scale + (p.scale_grouped ? first_column / kTernaryGroup : 0);
+    const int64_t first = step * kProductDepth + (kTransposed ? line : part * 8);
+    if constexpr (!kTransposed) {
+      if (p.scale_stride == 1 && first + 8 <= p.reduction && is_aligned(scale + first, 16)) {
+        widen_eight(load_whole_eight(scale + first, true), scales);
+        return;
       }
     }
+#pragma unroll
+    for (int i = 0; i < kScales; ++i) {
+      const int64_t k = first + i * (kTransposed ? kApart : 1);
+      scales[i] = k < p.reduction ? scale[k * p.scale_stride] : 0.0f;
+    }
+  }
+
+  PYOPS_DEVICE void put(const FloatProduct& p, int64_t first_column, int64_t step, dev::Bits128* tile) const {
+    float scales[kScales];
+    if constexpr (kScaled) load_scales(p, first_column, step, scales);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (!owns(i)) continue;

@@ -35,16 +35,17 @@ PYOPS_DEVICE float effective_gamma(const QuantizeWeight& a, float measured, int6
 // The sum of |w[0, n)| over the block; NaN if one is not finite.
 template <class T>
 PYOPS_DEVICE double sum_magnitudes(const T* w, int64_t n, double* scratch) {
+  constexpr int width = dev::kVectorElements<T>;
   double sum = 0;
   uint32_t largest = 0;
 #pragma unroll 4
-  for (int64_t at = int64_t(threadIdx.x) * 8; at < n; at += kThreads * 8) {
-    const Eight<T> eight = load_eight(w + at, n - at);
-    largest = largest_magnitude(eight, largest);
-    float values[8];
-    widen_eight(eight, values);
+  for (int64_t at = int64_t(threadIdx.x) * width; at < n; at += kThreads * width) {
+    const dev::Bits128 bits = load_vector(w + at, n - at);
+    largest = largest_magnitude<T>(bits, largest);
+    float values[width];
+    widen_vector<T>(bits, values);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += double(fabsf(values[i]));
+    for (int i = 0; i < width; ++i) sum += double(fabsf(values[i]));
   }
   if (largest >= kInfinity) sum = double(not_a_number());
   return reduce_block(sum, scratch, Sum{});
@@ -94,12 +95,13 @@ struct Selection {
 // Counts the digits of a pass of those of w[0, n) whose higher digits are those chosen.
 template <class T>
 PYOPS_DEVICE void count_digits(const T* w, int64_t n, int pass, uint32_t chosen, unsigned* bins) {
+  constexpr int width = dev::kVectorElements<T>;
   const int shift = shift_of(pass), above = pass == 0 ? 31 : shift_of(pass - 1);
-  for (int64_t at = int64_t(threadIdx.x) * 8; at < n; at += kThreads * 8) {
-    float values[8];
-    widen_eight(load_eight(w + at, n - at), values);
+  for (int64_t at = int64_t(threadIdx.x) * width; at < n; at += kThreads * width) {
+    float values[width];
+    widen_vector<T>(load_vector(w + at, n - at), values);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < width; ++i) {
       const uint32_t bits = __float_as_uint(values[i]) & kMagnitude;
       if (at + i < n && bits >> above == chosen >> above) dev::count(&bins[bits >> shift & mask_of(pass)], 1);
     }
@@ -213,33 +215,24 @@ PYOPS_DEVICE uint32_t code_of(float w, float inverse) {
   return counts ? (w > 0 ? 2u : 0u) : 1u;
 }
 
-PYOPS_DEVICE uint32_t codes_of(const float (&w)[8], float inverse) {
-  uint32_t codes = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) codes |= code_of(w[i], inverse) << 2 * i;
-  return codes;
-}
-
-// Sixteen weights (four bytes) per thread; padding is code 1, which load_eight's zeros become.
+// A vector of weights per thread, one or two bytes; padding is code 1, which load_vector's zeros become.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_kernel(QuantizeWeight a, int64_t per_row) {
+  constexpr int width = dev::kVectorElements<T>;
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = at / per_row;
   if (row >= a.out_features) return;
-  const int64_t k = (at - row * per_row) * 16, bytes = ceil_div(a.in_features, 4);
+  const int64_t k = (at - row * per_row) * width, bytes = ceil_div(a.in_features, 4);
   const float inverse = __fdiv_rn(1.0f, a.gamma[a.per_row ? row : 0]);
-  const T* w = static_cast<const T*>(a.weight) + row * a.in_features + k;
-  float low[8], high[8];
-  widen_eight(load_eight(w, a.in_features - k), low);
-  widen_eight(load_eight(w + 8, a.in_features - k - 8), high);
-  const uint32_t codes = codes_of(low, inverse) | codes_of(high, inverse) << 16;
-  uint8_t* out = a.packed + row * bytes + k / 4;
-  if (k / 4 + 4 <= bytes && is_aligned(out, 4)) {
-    *reinterpret_cast<uint32_t*>(out) = codes;
-  } else {
+  float w[width];
+  widen_vector<T>(load_vector(static_cast<const T*>(a.weight) + row * a.in_features + k, a.in_features - k), w);
+  uint32_t codes = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (k / 4 + i < bytes) out[i] = uint8_t(codes >> 8 * i);
-    }
+  for (int i = 0; i < width; ++i) codes |= code_of(w[i], inverse) << 2 * i;
+  uint8_t* out = a.packed + row * bytes + k / 4;
+  if constexpr (width == 8) {
+    store_bytes(uint16_t(codes), out, bytes - k / 4);
+  } else {
+    *out = uint8_t(codes);
   }
 }
 
@@ -291,7 +284,8 @@ int measure(const QuantizeWeight& a, void* stream) {
 
 template <class T>
 int pack(const QuantizeWeight& a, void* stream) {
-  const int64_t per_row = ceil_div(a.in_features, 16), blocks = ceil_div(a.out_features * per_row, kThreads);
+  const int64_t per_row = ceil_div(a.in_features, dev::kVectorElements<T>),
+                blocks = ceil_div(a.out_features * per_row, kThreads);
   if (blocks == 0) return 0;
   return PYOPS_LAUNCH(pack_kernel<T>, unsigned(blocks), kThreads, 0, stream, a, per_row);
 }

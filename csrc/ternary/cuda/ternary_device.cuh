@@ -35,6 +35,53 @@ PYOPS_DEVICE bool is_aligned(const void* address, int bytes) {
   return (reinterpret_cast<uintptr_t>(address) & uintptr_t(bytes - 1)) == 0;
 }
 
+// ---- 16 bytes of elements, as a thread of an elementwise pass takes them: neighbours touch neighbouring sectors
+// -------
+
+// p[0, valid), zeros behind; nothing beyond is read.
+template <class T>
+PYOPS_DEVICE dev::Bits128 load_vector(const T* p, int64_t valid) {
+  constexpr int width = dev::kVectorElements<T>;
+  if (valid >= width && is_aligned(p, 16)) return dev::ldg128(p);
+  T elements[width];
+#pragma unroll
+  for (int i = 0; i < width; ++i) elements[i] = i < valid ? p[i] : T{};
+  dev::Bits128 bits;
+  memcpy(&bits, elements, 16);
+  return bits;
+}
+
+template <class T>
+PYOPS_DEVICE void widen_vector(const dev::Bits128& bits, float (&values)[dev::kVectorElements<T>]) {
+  dev::unpack(bits, values, static_cast<const T*>(nullptr));
+}
+
+// The larger of `largest` and the magnitudes, as bits, whose order is that of the numbers; NaN above infinity.
+template <class T>
+PYOPS_DEVICE uint32_t largest_magnitude(const dev::Bits128& bits, uint32_t largest) {
+  float values[dev::kVectorElements<T>];
+  widen_vector<T>(bits, values);
+#pragma unroll
+  for (int i = 0; i < dev::kVectorElements<T>; ++i) {
+    const uint32_t magnitude = __float_as_uint(values[i]) & kMagnitude;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// The low bytes of `bits`, of which `valid` have a place.
+template <class Word>
+PYOPS_DEVICE void store_bytes(Word bits, void* out, int64_t valid) {
+  if (valid >= int64_t(sizeof(Word)) && is_aligned(out, sizeof(Word))) {
+    *static_cast<Word*>(out) = bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(Word)); ++i) {
+      if (i < valid) static_cast<uint8_t*>(out)[i] = uint8_t(bits >> 8 * i);
+    }
+  }
+}
+
 // ---- eight elements -------------------------------------------------------------------------------------
 
 template <class T>
@@ -74,19 +121,6 @@ PYOPS_DEVICE void widen_eight(const Eight<T>& eight, float (&values)[8]) {
   dev::unpack(eight.part[0], values, static_cast<const T*>(nullptr));
 }
 PYOPS_DEVICE void widen_eight(const Eight<float>& eight, float (&values)[8]) { memcpy(values, &eight, 32); }
-
-// The larger of `largest` and the magnitudes of eight, as bits, whose order is that of the numbers; NaN above infinity.
-template <class T>
-PYOPS_DEVICE uint32_t largest_magnitude(const Eight<T>& eight, uint32_t largest) {
-  float values[8];
-  widen_eight(eight, values);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t bits = __float_as_uint(values[i]) & kMagnitude;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
 
 // Eight results in a run-time dtype: wide where the address allows it; only `valid` of them exist.
 template <class T>

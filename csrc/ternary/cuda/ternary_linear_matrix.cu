@@ -17,7 +17,7 @@ namespace pyops {
 namespace {
 
 constexpr int kStages = 4;
-constexpr int kFilled = 132;  // blocks that give every multiprocessor work
+constexpr int kFilled = 128;  // blocks that give every multiprocessor work
 constexpr int64_t kLargestGridY = 65535;
 constexpr int64_t kSplitColumns = 1 << 20;  // four times a sum of codes of so many columns fits an int32
 

@@ -44,13 +44,16 @@ PYOPS_DEVICE int take_quantized(const TernaryLinear& a, int64_t token, const Spl
   return sum;
 }
 
-// Eight rounded columns of the range to shared memory, from `at` in it on; returns their sum.
-PYOPS_DEVICE int put_eight(const float (&values)[8], const Quantizer& quantizer, int at, uint32_t* words) {
+// A vector of columns of the range, rounded, to shared memory, from `at` in it on; returns their sum.
+template <class T>
+PYOPS_DEVICE int put_vector(const dev::Bits128& bits, const Quantizer& quantizer, int at, uint32_t* words) {
+  float values[dev::kVectorElements<T>];
+  widen_vector<T>(bits, values);
   int sum = 0;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t word = quantize_four(values + 4 * i, quantizer);
-    words[word_place(at / 128, 2 * (at / 8 % 2) + i, at / 32 % 4, at / 16 % 2)] = word;
+  for (int i = 0; i < dev::kVectorElements<T>; i += 4) {
+    const uint32_t word = quantize_four(values + i, quantizer);
+    words[word_place(at / 128, (at + i) / 4 % 4, at / 32 % 4, at / 16 % 2)] = word;
     sum = dev::dp4a(word, kOnes, sum);
   }
   return sum;
@@ -61,35 +64,34 @@ PYOPS_DEVICE int put_eight(const float (&values)[8], const Quantizer& quantizer,
 template <class T>
 PYOPS_DEVICE int take_floats(const TernaryLinear& a, const Split& chunks, uint32_t* words, uint32_t* scratch,
                              float* step) {
-  constexpr int kHeld = 20 / int(sizeof(Eight<T>) / 4), kStride = kThreads * 8;
+  constexpr int kHeld = 5, width = dev::kVectorElements<T>, stride = kThreads * width;
   const T* x = static_cast<const T*>(a.x);
-  const int columns = int(a.in_features), own = int(threadIdx.x) * 8, begin = chunks.begin * 128;
-  Eight<T> held[kHeld];
+  const int columns = int(a.in_features), own = int(threadIdx.x) * width, begin = chunks.begin * 128;
+  dev::Bits128 held[kHeld];
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    held[i] = load_whole_eight(x + own + i * kStride, own + i * kStride < columns);
-    largest = largest_magnitude(held[i], largest);
+    const int column = own + i * stride;
+    held[i] = column < columns ? dev::ldg128(x + column) : dev::Bits128{};
+    largest = largest_magnitude<T>(held[i], largest);
   }
-  for (int column = own + kHeld * kStride; column < columns; column += kStride) {
-    largest = largest_magnitude(load_whole_eight(x + column, true), largest);
+  for (int column = own + kHeld * stride; column < columns; column += stride) {
+    largest = largest_magnitude<T>(dev::ldg128(x + column), largest);
   }
   const Quantizer quantizer = quantizer_of(reduce_block(largest, scratch, Larger{}), a.qmax, a.eps);
   if (threadIdx.x == 0) *step = quantizer.step;
 
   int sum = 0;
-  float values[8];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int column = own + i * kStride;
+    const int column = own + i * stride;
     if (column < begin || column >= chunks.end * 128) continue;
-    widen_eight(held[i], values);
-    sum += put_eight(values, quantizer, column - begin, words);
+    sum += put_vector<T>(held[i], quantizer, column - begin, words);
   }
-  for (int column = own + kHeld * kStride; column < chunks.end * 128; column += kStride) {
+  for (int column = own + kHeld * stride; column < chunks.end * 128; column += stride) {
     if (column < begin) continue;
-    widen_eight(load_whole_eight(x + column, column < columns), values);
-    sum += put_eight(values, quantizer, column - begin, words);
+    const dev::Bits128 bits = column < columns ? dev::ldg128(x + column) : dev::Bits128{};
+    sum += put_vector<T>(bits, quantizer, column - begin, words);
   }
   return sum;
 }

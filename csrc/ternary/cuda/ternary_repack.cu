@@ -84,32 +84,63 @@ PYOPS_DEVICE uint32_t spread_codes(uint32_t byte) {
   return (byte & 0x03u) | (byte & 0x0cu) << 6 | (byte & 0x30u) << 12 | (byte & 0xc0u) << 18;
 }
 
-// A warp per block of 16 x 128. Rows and bytes that do not exist are padding, and so are the last codes of a row's last
+// Where rows are whole 16-byte vectors: a lane reads half of a row of the block, and lanes ask each other.
+struct VectorRows {
+  dev::Bits128 own;
+  PYOPS_DEVICE VectorRows(const RepackTernary& a, int64_t first_row, int64_t first_byte, int64_t row_bytes) {
+    const int64_t row = first_row + dev::lane() / 2, byte = first_byte + dev::lane() % 2 * 16;
+    own = {{kZeros, kZeros, kZeros, kZeros}};
+    if (row < a.out_features && byte < row_bytes) {
+      own = dev::ldg128(static_cast<const uint8_t*>(a.source) + row * row_bytes + byte);
+    }
+  }
+  // Byte 4 * word + lane % 4 of row lane / 4 + 8 * half.
+  PYOPS_DEVICE uint32_t byte(int word, int half) const {
+    const int source = (dev::lane() / 4 + 8 * half) * 2 + word / 4;
+    return __shfl_sync(dev::kFullWarp, own.word[word % 4], source) >> 8 * (dev::lane() % 4) & 0xffu;
+  }
+  static constexpr uint32_t kZeros = 0x55555555u;
+};
+
+// Of any rows, byte by byte. Rows and bytes that do not exist are zeros, and so are the last codes of a row's last
 // byte, whatever they hold.
+struct ByteRows {
+  const uint8_t* source;
+  int64_t rows_left, bytes_left, row_bytes;
+  uint32_t last_codes;
+  PYOPS_DEVICE ByteRows(const RepackTernary& a, int64_t first_row, int64_t first_byte, int64_t bytes_of_row)
+      : row_bytes(bytes_of_row) {
+    const int64_t row = first_row + dev::lane() / 4, byte = first_byte + dev::lane() % 4;
+    source = static_cast<const uint8_t*>(a.source) + row * row_bytes + byte;
+    rows_left = a.out_features - row;
+    bytes_left = row_bytes - byte;
+    last_codes = a.in_features % 4 ? (1u << 2 * (a.in_features % 4)) - 1 : 0xffu;
+  }
+  PYOPS_DEVICE uint32_t byte(int word, int half) const {
+    if (8 * half >= rows_left || 4 * word >= bytes_left) return 0x55u;
+    const uint32_t found = source[8 * half * row_bytes + 4 * word];
+    return 4 * word == bytes_left - 1 ? (found & last_codes) | (0x55u & ~last_codes) : found;
+  }
+};
+
+// A warp per block of 16 x 128.
+template <class Rows>
 __global__ void __launch_bounds__(kThreads) t2_to_t2mma_kernel(RepackTernary a, int64_t blocks) {
   const int64_t block = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (block >= blocks) return;
   const int64_t chunks = ceil_div(a.in_features, 128), row_bytes = ceil_div(a.in_features, 4);
-  const int64_t n = block / chunks * 16 + dev::lane() / 4, column = block % chunks * 32 + dev::lane() % 4;
-  const uint8_t* source = static_cast<const uint8_t*>(a.source) + n * row_bytes + column;
-  const uint32_t last_codes = a.in_features % 4 ? (1u << 2 * (a.in_features % 4)) - 1 : 0xffu;
+  const Rows rows(a, block / chunks * 16, block % chunks * 32, row_bytes);
   dev::Bits128 bits;
   uint32_t invalid = 0;
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
-    uint32_t word = 0;
+    bits.word[tile] = 0;
 #pragma unroll
     for (int field = 0; field < 4; ++field) {
-      const int64_t row = n + 8 * (field & 1), at = column + 8 * tile + 4 * (field >> 1);
-      uint32_t byte = 0x55;
-      if (row < a.out_features && at < row_bytes) {
-        byte = source[8 * (field & 1) * row_bytes + 8 * tile + 4 * (field >> 1)];
-        if (at == row_bytes - 1) byte = (byte & last_codes) | (0x55u & ~last_codes);
-      }
+      const uint32_t byte = rows.byte(2 * tile + (field >> 1), field & 1);
       invalid |= byte & byte >> 1 & 0x55u;
-      word |= spread_codes(byte) << 2 * field;
+      bits.word[tile] |= spread_codes(byte) << 2 * field;
     }
-    bits.word[tile] = word;
   }
   dev::stg128(static_cast<uint8_t*>(a.out) + block * 512 + dev::lane() * 16, bits);
   if (!invalid) return;
@@ -154,7 +185,10 @@ extern "C" int pyops_ternary_repack(const RepackTernary* arguments, void* stream
   if (bytes == 0) return 0;
   if (a.from == TernaryFormat::t2 && a.to == TernaryFormat::t2mma) {
     const int64_t blocks = bytes / 512;
-    return PYOPS_LAUNCH(t2_to_t2mma_kernel, unsigned(ceil_div(blocks, kThreads / 32)), kThreads, 0, stream, a, blocks);
+    const unsigned grid = unsigned(ceil_div(blocks, kThreads / 32));
+    const bool vectors = a.in_features % 64 == 0 && reinterpret_cast<uintptr_t>(a.source) % 16 == 0;
+    return vectors ? PYOPS_LAUNCH(t2_to_t2mma_kernel<VectorRows>, grid, kThreads, 0, stream, a, blocks)
+                   : PYOPS_LAUNCH(t2_to_t2mma_kernel<ByteRows>, grid, kThreads, 0, stream, a, blocks);
   }
   return PYOPS_LAUNCH(repack_kernel, unsigned(ceil_div(bytes, kThreads)), kThreads, 0, stream, a, bytes);
 }
