@@ -188,7 +188,7 @@ def converted(op: str, argument: str, source: Tensor, from_format: int, to_forma
         _common.launch(
             convert, (shape[0] * chunks,),
             source.contiguous(), result, invalid, out_features, in_features, chunks,
-            FROM=from_format, TO=to_format, BYTES=BYTES, num_warps=4, registers=128,
+            FROM=from_format, TO=to_format, BYTES=BYTES, num_warps=4, registers=255,
         )  # fmt: skip
     if not _common.known_valid(source):
         _common.reject_invalid(invalid, op, argument, source, from_format, out_features, in_features)
