@@ -24,22 +24,28 @@ constexpr int kRows = 4;
 
 // ---- tiles ---------------------------------------------------------------------------------------------------
 
+// Sums run over stretches of the depth, and then over the stretches: their error grows with the length of either only.
+constexpr int64_t kStretch = 32;
+
 template <int kTileRows>
 void tile_of(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride) {
-  Floats sums[kTileRows][2];
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < 2; ++v) sums[r][v] = load(c + r * c_stride + v * kWidth);
-  }
-  for (int64_t d = 0; d < depth; ++d) {
-    const Floats low = load(b + d * kColumns), high = load(b + d * kColumns + kWidth);
-    for (int r = 0; r < kTileRows; ++r) {
-      const float number = a[d * kTileRows + r];
-      sums[r][0] += low * number;
-      sums[r][1] += high * number;
+  for (int64_t begin = 0; begin < depth; begin += kStretch) {
+    const int64_t end = begin + kStretch < depth ? begin + kStretch : depth;
+    Floats sums[kTileRows][2] = {};
+    for (int64_t d = begin; d < end; ++d) {
+      const Floats low = load(b + d * kColumns), high = load(b + d * kColumns + kWidth);
+      for (int r = 0; r < kTileRows; ++r) {
+        const float number = a[d * kTileRows + r];
+        sums[r][0] += low * number;
+        sums[r][1] += high * number;
+      }
     }
-  }
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < 2; ++v) store(c + r * c_stride + v * kWidth, sums[r][v]);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int v = 0; v < 2; ++v) {
+        float* out = c + r * c_stride + v * kWidth;
+        store(out, load(out) + sums[r][v]);
+      }
+    }
   }
 }
 
