@@ -550,10 +550,12 @@ void copy_done(Thread& thread, const Copy& copy) {
   shared_access(block, thread, offset, size_t(copy.bytes), true, false, offset_of(copy.place));
 }
 
+void block_deleted(Block& block) { delete static_cast<Shadow*>(block.shadow); }
+
 void matrix_instruction(Thread& thread) { ++shadow_of(*thread.block).counters.mma; }
 
-constexpr Checker table{launch_begins, block_begins, block_ends,  all_met,   warp_met,
-                        fenced,        atomic,       copy_issued, copy_done, matrix_instruction};
+constexpr Checker table{launch_begins, block_begins, block_ends,  block_deleted, all_met,           warp_met,
+                        fenced,        atomic,       copy_issued, copy_done,     matrix_instruction};
 
 const bool installed = [] {
   dl_iterate_phdr(find_segments, nullptr);

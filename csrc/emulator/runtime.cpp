@@ -74,6 +74,7 @@ void* new_context(unsigned char* stack, size_t bytes, void (*entry)(), void*) {
 }
 
 void switch_context(void** save, void* to) { pyops_emulator_switch(save, to); }
+void delete_context(void*) {}
 
 #else
 
@@ -92,6 +93,8 @@ void switch_context(void** save, void* to) {
   if (*save == nullptr) *save = new ucontext_t;
   swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(to));
 }
+
+void delete_context(void* context) { delete static_cast<ucontext_t*>(context); }
 
 #endif
 
@@ -329,6 +332,13 @@ Block* new_block() {
   return block;
 }
 
+void delete_block(Block* block) {
+  if (block == nullptr) return;
+  if (checker) checker->block_deleted(*block);
+  free(block->shared);
+  delete block;
+}
+
 void begin_block(Block& block, const Launch& launch, int64_t number) {
   const unsigned x = launch.grid.x, y = launch.grid.y;
   block.number = number;
@@ -405,13 +415,33 @@ Worker* new_worker(size_t stacks) {
   return w;
 }
 
+void delete_worker(Worker* w) {
+  if (w == nullptr) return;
+  for (Fiber* fiber : w->fibers) {
+    delete_context(fiber->stack_pointer);
+    delete fiber;
+  }
+  delete_context(w->main_stack_pointer);
+  munmap(w->stacks, w->stack_count * kStackBytes);
+  delete w;
+}
+
 constexpr size_t kOrdinaryStacks = 1024 + 1, kCooperativeStacks = 16384;
 
-// Every host thread keeps its worker and block for the next launch.
+// Every host thread keeps its workers and its block for the next launch. Most host threads end with their launch.
+struct OwnedByThread {
+  Worker *ordinary = nullptr, *large = nullptr;
+  Block* block = nullptr;
+  ~OwnedByThread() {
+    delete_worker(ordinary);
+    delete_worker(large);
+    delete_block(block);
+  }
+};
+thread_local OwnedByThread owned;
+
 Worker& own_worker(bool cooperative) {
-  static thread_local Worker* ordinary = nullptr;
-  static thread_local Worker* large = nullptr;
-  Worker*& w = cooperative ? large : ordinary;
+  Worker*& w = cooperative ? owned.large : owned.ordinary;
   if (w == nullptr) w = new_worker(cooperative ? kCooperativeStacks : kOrdinaryStacks);
   return *w;
 }
@@ -432,7 +462,8 @@ int64_t ordered(int64_t position, int64_t count, int64_t all) {
 }
 
 void work(const Launch& launch, std::atomic<int64_t>& next, int64_t count, int64_t all) {
-  static thread_local Block* block = new_block();
+  if (owned.block == nullptr) owned.block = new_block();
+  Block* const block = owned.block;
   Worker& w = own_worker(false);
   w.blocks = {block};
   for (int64_t position = next++; position < count && !aborting; position = next++) {
@@ -452,10 +483,8 @@ void work_cooperatively(const Launch& launch, int64_t count) {
     begin_block(*w.blocks.back(), launch, ordered(number, count, count));
   }
   run_blocks(w);
-  for (Block* block : w.blocks) {
-    free(block->shared);
-    delete block;
-  }
+  for (Block* block : w.blocks) delete_block(block);
+  w.blocks.clear();
   worker = nullptr;
 }
 

@@ -121,6 +121,7 @@ struct Checker {
   void (*launch_begins)(const Launch& launch, int64_t blocks);  // how many of them will run
   void (*block_begins)(Block& block);
   void (*block_ends)(Block& block);
+  void (*block_deleted)(Block& block);
   void (*all_met)(Block& block, const std::vector<Thread*>& threads, bool whole_block);  // at a barrier
   void (*warp_met)(Block& block, int warp, unsigned mask);                               // at a __syncwarp
   void (*fenced)(Thread& thread, bool whole_grid);
