@@ -244,8 +244,8 @@ def test_linear_for_every_number_of_tokens_and_rows(backend):
         check_bits("ternary_linear", *linear_args(x, ternary, gamma, bias), what=(tokens, rows, columns))
 
 
-# Rows and tokens around the tiles; enough rows that in_features are not split, and then more of these than are asked for
-# ahead: (tokens, out_features, in_features).
+# Rows and tokens around the tiles; enough rows that in_features are not split, and then more of these than are asked
+# for ahead: (tokens, out_features, in_features).
 TILE_EDGES = (
     (1, 15, 1023), (1, 17, 4700), (2, 16, 1025), (3, 33, 300), (4, 17, 4700), (1, 2033, 4700), (2, 2033, 4200),
     (8, 16, 5000), (8, 17, 130), (9, 15, 128), (16, 17, 5000), (16, 33, 65),
