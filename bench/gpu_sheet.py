@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -510,7 +511,9 @@ def run_pytest(arguments: list[str], seconds: float, environment: dict[str, str]
         command = [sys.executable, "-P", "-m", "pytest", "-q", "--maxfail=50", "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", *arguments]
         result = "ended"
-        with subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {})) as process:
+        # A process started in the background ignores SIGINT, and so would pytest.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {}), preexec_fn=heed) as process:
             try:
                 process.wait(max(1.0, seconds - 10))
             except subprocess.TimeoutExpired:

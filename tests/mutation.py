@@ -209,7 +209,7 @@ TERNARY = [
 
 TERNARY_PYTHON = [
     Mutant("pyops/ternary/quantize_weight.py", "weight._version, ", ""),
-    Mutant("pyops/ternary/quantize_weight.py", "sample is None or torch.equal(sample, known[1])", "True"),
+    Mutant("pyops/ternary/quantize_weight.py", "known.places is None or torch.equal(known.places, known.values)", "True"),
     Mutant("pyops/ternary/bitlinear.py", "rows.sum() if gamma.dim() == 0 else rows", "rows.sum()"),
     Mutant("pyops/ternary/bitlinear.py", "grad.sum(0) if wants_bias else None", "grad.mean(0) if wants_bias else None"),
     Mutant("pyops/ternary/bitlinear.py", "if lambda_ != 1:", "if False:"),

@@ -153,43 +153,38 @@ static inline uint32_t fill_lane(int64_t in_features, uint8_t* lane, Next next) 
   return bad;
 }
 
-static inline bool lines_from_t2(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
-                                 uint8_t* lines) {
-  const int64_t bytes = ceil_div(in_features, 4);
+// The rows of a group one after the other, `words_of(n)` giving what gives the words of row n.
+template <class WordsOf>
+static inline bool lines_from_rows(int64_t out_features, int64_t in_features, int64_t group, uint8_t* lines,
+                                   WordsOf words_of) {
   uint32_t bad = 0;
   for (int64_t r = 0; r < 16; ++r) {
     const int64_t n = 16 * group + r;
-    if (n >= out_features) {
-      fill_lane(in_features, lines + 4 * r, [] { return kPadding; });
-      continue;
-    }
-    const uint8_t* row = packed + n * bytes;
-    int64_t at = 0;
-    bad |= fill_lane(in_features, lines + 4 * r, [&] {
+    bad |= n < out_features ? fill_lane(in_features, lines + 4 * r, words_of(n))
+                            : fill_lane(in_features, lines + 4 * r, [] { return kPadding; });
+  }
+  return bad == 0;
+}
+
+static inline bool lines_from_t2(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
+                                 uint8_t* lines) {
+  const int64_t bytes = ceil_div(in_features, 4);
+  return lines_from_rows(out_features, in_features, group, lines, [=](int64_t n) {
+    return [row = packed + n * bytes, bytes, at = int64_t(0)]() mutable {
       uint32_t word = kPadding;
       __builtin_memcpy(&word, row + at, size_t(bytes - at < 4 ? bytes - at : 4));
       at += 4;
       return word;
-    });
-  }
-  return bad == 0;
+    };
+  });
 }
 
 static inline bool lines_from_t5(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
                                  uint8_t* lines) {
   const int64_t bytes = ceil_div(in_features, 5);
-  uint32_t bad = 0;
-  for (int64_t r = 0; r < 16; ++r) {
-    const int64_t n = 16 * group + r;
-    if (n >= out_features) {
-      fill_lane(in_features, lines + 4 * r, [] { return kPadding; });
-      continue;
-    }
-    const uint8_t* row = packed + n * bytes;
-    int64_t at = 0;
-    uint64_t waiting = 0;  // fields that were read and not yet used, the first lowest
-    int held = 0;
-    bad |= fill_lane(in_features, lines + 4 * r, [&] {
+  return lines_from_rows(out_features, in_features, group, lines, [=](int64_t n) {
+    // `waiting`: fields that were read and not yet used, the first lowest.
+    return [row = packed + n * bytes, bytes, at = int64_t(0), waiting = uint64_t(0), held = 0]() mutable {
       while (held < 16) {
         waiting |= uint64_t(at < bytes ? kTrits.fields[row[at]] : 0x155u) << 2 * held;
         held += 5;
@@ -199,9 +194,8 @@ static inline bool lines_from_t5(const uint8_t* packed, int64_t out_features, in
       waiting >>= 32;
       held -= 16;
       return word;
-    });
-  }
-  return bad == 0;
+    };
+  });
 }
 
 // Four lines of t5x16 are five of t2x16: each byte place is a run of fields of its own.
