@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 TRITON_OLD := 3.6.0
+# Test processes, one per core; their OpenMP threads must not spin while another's work (9 minutes, not 16, on two cores).
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n $(shell nproc)
 
 .PHONY: setup demo test lint unit emulate triton-offline triton-offline-old cuda-ledger wheel-test sanitize bench bench-quick mutation nightly test-oldest clean
 
@@ -24,12 +26,12 @@ lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && .venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu')
 
 unit: setup
-	$(RUN) -m pytest tests
+	$(PYTEST) tests
 
 # The CUDA kernels on the CPU: all cases, then all cases under the race checker.
 emulate: setup
-	PYOPS_CUDA_EMU=1 $(RUN) -m pytest -q tests/contract.py tests/spherical tests/ternary -k cuda-emulated
-	PYOPS_CUDA_EMU=check $(RUN) -m pytest -q tests/contract.py tests/spherical tests/ternary -k cuda-emulated
+	PYOPS_CUDA_EMU=1 $(PYTEST) tests/contract.py tests/spherical tests/ternary -k cuda-emulated
+	PYOPS_CUDA_EMU=check $(PYTEST) tests/contract.py tests/spherical tests/ternary -k cuda-emulated
 
 triton-offline: setup
 	$(RUN) tests/triton_offline.py
