@@ -185,23 +185,29 @@ struct TritTable {
 };
 constexpr TritTable kTrits;
 
+// Bytes of five trits: a line of t2x16 with the lower four, and what is left of the byte without the fifth.
+PYOPS_INLINE __m512i lower_trits(__m512i byte, __m512i& rest) {
+  const __m512i low = _mm512_load_si512(kTrits.fields), high = _mm512_load_si512(kTrits.fields + 64);
+  const __m512i top = _mm512_set1_epi8(81);
+  // A subtraction that wraps is larger than what it came from: the minimum takes 81 off where it can, twice.
+  rest = _mm512_min_epu8(byte, _mm512_sub_epi8(byte, top));
+  rest = _mm512_min_epu8(rest, _mm512_sub_epi8(rest, top));
+  return _mm512_permutex2var_epi8(low, rest, high);
+}
+
 template <int kTokens>
 PYOPS_INLINE void gemv_t5_dot(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int32_t* acc) {
   constexpr int kUnroll = kTokens == 1 ? 2 : 1;
   const __m512i masks[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
                             _mm512_set1_epi8(char(0xc0))};
-  const __m512i low = _mm512_load_si512(kTrits.fields), high = _mm512_load_si512(kTrits.fields + 64);
-  const __m512i top = _mm512_set1_epi8(81);
   for (int64_t begin = 0; begin < chunks; begin += kBlockChunks) {
     const int64_t end = chunks - begin < kBlockChunks ? chunks : begin + kBlockChunks;
     __m512i sums[kUnroll][kTokens][4] = {}, fifth[kUnroll][kTokens] = {};
     const auto chunk = [&](int64_t c, int u) __attribute__((always_inline)) {
       prefetch_weights(lines + c * kLineBytes);
       const __m512i byte = _mm512_loadu_si512(lines + c * kLineBytes);
-      // A subtraction that wraps is larger than what it came from: the minimum takes 81 off where it can, twice.
-      __m512i rest = _mm512_min_epu8(byte, _mm512_sub_epi8(byte, top));
-      rest = _mm512_min_epu8(rest, _mm512_sub_epi8(rest, top));
-      const __m512i line = _mm512_permutex2var_epi8(low, rest, high);
+      __m512i rest;
+      const __m512i line = lower_trits(byte, rest);
       const __m512i last = _mm512_sub_epi8(byte, rest);  // 81 times the fifth trit
       for (int t = 0; t < kTokens; ++t) {
         const int8_t* words = q + t * q_stride + 20 * c;
@@ -233,6 +239,21 @@ void gemv_t5(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_st
   if (tokens == 2) gemv_t5_dot<2>(lines, chunks, q, q_stride, acc);
   if (tokens == 3) gemv_t5_dot<3>(lines, chunks, q, q_stride, acc);
 }
+
+void decode_t5(const uint8_t* lines, int64_t chunks, uint8_t* codes) {
+  for (int64_t c = 0; c < chunks; ++c, codes += 5 * kLineBytes) {
+    const __m512i byte = _mm512_loadu_si512(lines + c * kLineBytes);
+    __m512i rest;
+    const __m512i line = lower_trits(byte, rest);
+    store_codes(codes, field<0>(line));
+    store_codes(codes + kLineBytes, field<1>(line));
+    store_codes(codes + 2 * kLineBytes, field<2>(line));
+    store_codes(codes + 3 * kLineBytes, field<3>(line));
+    const __m512i one = _mm512_maskz_set1_epi8(_mm512_cmpneq_epu8_mask(byte, rest), 1);
+    const __m512i two = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(byte, _mm512_set1_epi8(char(162))), 1);
+    store_codes(codes + 4 * kLineBytes, _mm512_add_epi8(one, two));
+  }
+}
 #endif
 
 void gemv_t2(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc) {
@@ -260,7 +281,7 @@ void gemv_t2(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_st
 
 // ---- tiles -----------------------------------------------------------------------------------------------------
 
-void decode(const uint8_t* lines, int64_t chunks, uint8_t* codes) {
+void decode_t2(const uint8_t* lines, int64_t chunks, uint8_t* codes) {
 #if defined(PYOPS_HAS_DOT)
   for (int64_t c = 0; c < chunks; ++c) {
     for (int v = 0; v < kGroupVectors; ++v) {
@@ -284,13 +305,13 @@ void decode(const uint8_t* lines, int64_t chunks, uint8_t* codes) {
 }
 
 #if defined(PYOPS_HAS_DOT)
-// kVectors vectors of rows times kTokens tokens; all sums stay in registers. Two vectors are two row groups of 16
-// (AVX-512) or the two halves of one (AVX2).
+// kVectors vectors of rows times kTokens tokens; all sums stay in registers. `count` lines or steps. Two vectors are
+// two row groups of 16 (AVX-512) or the two halves of one (AVX2).
 template <int kTokens, int kVectors, bool kFromLines>
-PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t chunks, const int8_t* panel, int32_t* acc) {
-  constexpr int64_t kBlock = kDot ? int64_t(1) << 30 : kSteps16 / 4;
-  for (int64_t begin = 0; begin < chunks; begin += kBlock) {
-    const int64_t end = chunks - begin < kBlock ? chunks : begin + kBlock;
+PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t count, const int8_t* panel, int32_t* acc) {
+  constexpr int64_t kBlock = kDot ? int64_t(1) << 30 : kFromLines ? kSteps16 / 4 : kSteps16;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = count - begin < kBlock ? count : begin + kBlock;
     Codes sums[kTokens][kVectors] = {};
     if constexpr (kDot) {  // sums continue; without a dot instruction they are of 16 bits
       for (int t = 0; t < kTokens; ++t) {
@@ -303,12 +324,12 @@ PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t chunks, const
         for (int v = 0; v < kVectors; ++v) sums[t][v] = accumulate(sums[t][v], codes[v], word);
       }
     };
-    for (int64_t c = begin; c < end; ++c) {
-      const int8_t* q = panel + c * 16 * kTokens;
+    for (int64_t i = begin; i < end; ++i) {
       Codes codes[2];
       if constexpr (kFromLines) {
+        const int8_t* q = panel + i * 16 * kTokens;
         Codes lines[2];
-        for (int v = 0; v < kVectors; ++v) lines[v] = load_codes(weights[v] + c * kLineBytes);
+        for (int v = 0; v < kVectors; ++v) lines[v] = load_codes(weights[v] + i * kLineBytes);
         for (int v = 0; v < kVectors; ++v) codes[v] = field<0>(lines[v]);
         step(q, codes);
         for (int v = 0; v < kVectors; ++v) codes[v] = field<1>(lines[v]);
@@ -318,10 +339,8 @@ PYOPS_INLINE void tile(const uint8_t* const (&weights)[2], int64_t chunks, const
         for (int v = 0; v < kVectors; ++v) codes[v] = field<3>(lines[v]);
         step(q + 12 * kTokens, codes);
       } else {
-        for (int j = 0; j < 4; ++j) {
-          for (int v = 0; v < kVectors; ++v) codes[v] = load_codes(weights[v] + (4 * c + j) * kLineBytes);
-          step(q + 4 * j * kTokens, codes);
-        }
+        for (int v = 0; v < kVectors; ++v) codes[v] = load_codes(weights[v] + i * kLineBytes);
+        step(panel + 4 * i * kTokens, codes);
       }
     }
     for (int t = 0; t < kTokens; ++t) {
@@ -369,36 +388,36 @@ PYOPS_INLINE void tile_masked(const uint8_t* const (&weights)[2], int64_t chunks
 #endif
 
 template <int kTokens, bool kFromLines>
-void unit(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int32_t* acc) {
+void unit(const uint8_t* first, const uint8_t* second, int64_t count, const int8_t* panel, int32_t* acc) {
 #if defined(__AVX512VNNI__)
   // Fewer tokens have too few sums in flight for one field at a time (M = 4: 181 against 191 GMAC/s; M = 8: 252 against
   // 246, M = 12: 277 against 270, 2560 x 2560 on a Sapphire Rapids core).
   if constexpr (kFromLines && kTokens >= 5) {
     if (second != nullptr) {
-      tile_masked<kTokens, 2>({first, second}, chunks, panel, acc);
+      tile_masked<kTokens, 2>({first, second}, count, panel, acc);
     } else {
-      tile_masked<kTokens, 1>({first, first}, chunks, panel, acc);
+      tile_masked<kTokens, 1>({first, first}, count, panel, acc);
     }
     return;
   }
 #endif
 #if defined(__AVX512BW__)
   if (second != nullptr) {
-    tile<kTokens, 2, kFromLines>({first, second}, chunks, panel, acc);
+    tile<kTokens, 2, kFromLines>({first, second}, count, panel, acc);
   } else {
-    tile<kTokens, 1, kFromLines>({first, first}, chunks, panel, acc);
+    tile<kTokens, 1, kFromLines>({first, first}, count, panel, acc);
   }
 #else
-  tile<kTokens, 2, kFromLines>({first, first + sizeof(Codes)}, chunks, panel, acc);
+  tile<kTokens, 2, kFromLines>({first, first + sizeof(Codes)}, count, panel, acc);
   if (second == nullptr) return;
-  tile<kTokens, 2, kFromLines>({second, second + sizeof(Codes)}, chunks, panel, acc + kGroupRows);
+  tile<kTokens, 2, kFromLines>({second, second + sizeof(Codes)}, count, panel, acc + kGroupRows);
 #endif
 }
 
 using Unit = void (*)(const uint8_t*, const uint8_t*, int64_t, const int8_t*, int32_t*);
 
 template <bool kFromLines>
-void tile_any(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int tokens,
+void tile_any(const uint8_t* first, const uint8_t* second, int64_t count, const int8_t* panel, int tokens,
               int32_t* acc) {
 #if defined(__AVX512BW__)
   static constexpr Unit units[] = {unit<1, kFromLines>,  unit<2, kFromLines>,  unit<3, kFromLines>,
@@ -410,18 +429,18 @@ void tile_any(const uint8_t* first, const uint8_t* second, int64_t chunks, const
                                    unit<4, kFromLines>, unit<5, kFromLines>, unit<6, kFromLines>};
 #endif
   static_assert(sizeof(units) / sizeof(units[0]) == kTileTokens);
-  units[tokens - 1](first, second, chunks, panel, acc);
+  units[tokens - 1](first, second, count, panel, acc);
 }
 
 #else
 constexpr int kTileTokens = 4;
 
 template <bool kFromLines>
-void tile_any(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int tokens,
+void tile_any(const uint8_t* first, const uint8_t* second, int64_t count, const int8_t* panel, int tokens,
               int32_t* acc) {
   const uint8_t* groups[2] = {first, second};
   for (int g = 0; g < 2 && groups[g] != nullptr; ++g) {
-    for (int64_t s = 0; s < 4 * chunks; ++s) {
+    for (int64_t s = 0; s < (kFromLines ? 4 * count : count); ++s) {
       const uint8_t* bytes = groups[g] + (kFromLines ? s / 4 : s) * kLineBytes;
       const int shift = kFromLines ? 2 * int(s % 4) : 0;
       for (int t = 0; t < tokens; ++t) {
@@ -486,22 +505,20 @@ void finish_groups(const float* value, float step, const float* bias, int64_t ro
 
 #if defined(__AVX512VNNI__)
 constexpr auto kGemvT5 = &gemv_t5;
+constexpr auto kDecodeT5 = &decode_t5;
 #else
 constexpr decltype(&gemv_t2) kGemvT5 = nullptr;
+constexpr decltype(&decode_t2) kDecodeT5 = nullptr;
 #endif
 
 }  // namespace
 
 extern const IntegerProductKernels integer_product_kernels = {
-    &gemv_t2,
-    kGemvT5,
-    &decode,
-    &tile_any<true>,
-    &tile_any<false>,
-    kTileTokens,
-    {&finish<float>, nullptr, &finish<bfloat16>, &finish<float16>},
-    &add_group,
-    {&finish_groups<float>, nullptr, &finish_groups<bfloat16>, &finish_groups<float16>},
+    &gemv_t2,        kGemvT5,
+    &decode_t2,         kDecodeT5,
+    &tile_any<true>, &tile_any<false>,
+    kTileTokens,     {&finish<float>, nullptr, &finish<bfloat16>, &finish<float16>},
+    &add_group,      {&finish_groups<float>, nullptr, &finish_groups<bfloat16>, &finish_groups<float16>},
 };
 
 }  // namespace pyops::PYOPS_ISA

@@ -19,13 +19,15 @@ struct IntegerProductKernels {
   // with zeros to whole chunks. Adds into acc. gemv_t5 is null where unpacking first is as good.
   void (*gemv_t2)(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc);
   void (*gemv_t5)(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc);
-  // Lines of t2x16 as bytes: codes [4 chunks][16 rows][4 k].
-  void (*decode)(const uint8_t* lines, int64_t chunks, uint8_t* codes);
+  // Lines as bytes: codes [k / 4][16 rows][4 k], 4 steps of 4 k a line of t2x16, 5 of t5x16. decode_t5 is null where
+  // gemv_t5 is.
+  void (*decode_t2)(const uint8_t* lines, int64_t chunks, uint8_t* codes);
+  void (*decode_t5)(const uint8_t* lines, int64_t chunks, uint8_t* codes);
   // A unit times up to tile_tokens tokens, whose q lie as panel [k / 4][tokens][4]. `second` may be null: 16 rows.
   // From t2x16 lines (one use of the weights) or from decoded codes (several). Adds into acc.
   void (*tile_lines)(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int tokens,
                      int32_t* acc);
-  void (*tile_codes)(const uint8_t* first, const uint8_t* second, int64_t chunks, const int8_t* panel, int tokens,
+  void (*tile_codes)(const uint8_t* first, const uint8_t* second, int64_t steps, const int8_t* panel, int tokens,
                      int32_t* acc);
   int tile_tokens;
   // out[r] = float(acc[r] - sum) * (step * gamma[r]) + bias[r], by DType of the output; bias may be null.

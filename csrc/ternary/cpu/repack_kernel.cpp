@@ -6,6 +6,8 @@
 
 #include <stddef.h>
 
+#include <utility>
+
 namespace pyops::PYOPS_ISA {
 namespace {
 
@@ -22,15 +24,19 @@ struct TritTable {
 };
 constexpr TritTable kTrits;
 
-static inline uint32_t exchanged(uint32_t word) {
-  const uint32_t inner = (word ^ word >> 6) & 0x00cc00ccu;
+template <class Words>
+static inline Words exchanged(Words word) {
+  const Words inner = (word ^ word >> 6) & 0x00cc00ccu;
   word ^= inner ^ inner << 6;
-  const uint32_t outer = (word ^ word >> 12) & 0x0000f0f0u;
+  const Words outer = (word ^ word >> 12) & 0x0000f0f0u;
   return word ^ outer ^ outer << 12;
 }
 
 // Bits that are set where a 2-bit field is 3.
-static inline uint32_t threes(uint32_t word) { return word & word >> 1 & kPadding; }
+template <class Words>
+static inline Words threes(Words word) {
+  return word & word >> 1 & kPadding;
+}
 
 // ---- rows of codes -----------------------------------------------------------------------------------------
 
@@ -153,38 +159,89 @@ static inline uint32_t fill_lane(int64_t in_features, uint8_t* lane, Next next) 
   return bad;
 }
 
-// The rows of a group one after the other, `words_of(n)` giving what gives the words of row n.
-template <class WordsOf>
-static inline bool lines_from_rows(int64_t out_features, int64_t in_features, int64_t group, uint8_t* lines,
-                                   WordsOf words_of) {
-  uint32_t bad = 0;
-  for (int64_t r = 0; r < 16; ++r) {
-    const int64_t n = 16 * group + r;
-    bad |= n < out_features ? fill_lane(in_features, lines + 4 * r, words_of(n))
-                            : fill_lane(in_features, lines + 4 * r, [] { return kPadding; });
+// ---- from t2: as many rows and words at a time as a vector has lanes
+
+#if defined(__AVX512F__)
+constexpr int kWords = 16;
+#elif defined(__AVX2__)
+constexpr int kWords = 8;
+#else
+constexpr int kWords = 4;
+#endif
+typedef uint32_t Words __attribute__((vector_size(4 * kWords)));
+
+// Exchanges blocks of kSize x kSize words across the diagonal, of rows that are kSize apart.
+template <int kSize, size_t... kLane>
+static inline void exchange_blocks(Words& upper, Words& lower, std::index_sequence<kLane...>) {
+  const Words a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, (kLane & kSize ? kWords + kLane - kSize : kLane)...);
+  lower = __builtin_shufflevector(a, b, (kLane & kSize ? kWords + kLane : kLane + kSize)...);
+}
+
+template <int kSize = kWords / 2>
+static inline void transpose(Words (&rows)[kWords]) {
+  for (int i = 0; i < kWords; ++i) {
+    if (!(i & kSize)) exchange_blocks<kSize>(rows[i], rows[i + kSize], std::make_index_sequence<kWords>());
   }
-  return bad == 0;
+  if constexpr (kSize > 1) transpose<kSize / 2>(rows);
 }
 
 static inline bool lines_from_t2(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
                                  uint8_t* lines) {
-  const int64_t bytes = ceil_div(in_features, 4);
-  return lines_from_rows(out_features, in_features, group, lines, [=](int64_t n) {
-    return [row = packed + n * bytes, bytes, at = int64_t(0)]() mutable {
-      uint32_t word = kPadding;
-      __builtin_memcpy(&word, row + at, size_t(bytes - at < 4 ? bytes - at : 4));
-      at += 4;
-      return word;
-    };
-  });
+  const int64_t bytes = ceil_div(in_features, 4), chunks = ceil_div(in_features, 16);
+  Words bad = {};
+  for (int64_t c = 0; c < chunks; c += kWords) {
+    // What lies behind the last weight counts as padding, whatever it is.
+    const int64_t left = in_features - 16 * c;
+    Words kept, padding = Words{} + kPadding;
+    for (int i = 0; i < kWords; ++i) {
+      const int64_t fields = left - 16 * i;
+      kept[i] = fields >= 16 ? ~uint32_t(0) : fields <= 0 ? 0 : (uint32_t(1) << 2 * fields) - 1;
+    }
+    for (int r = 0; r < 16; r += kWords) {
+      Words words[kWords];
+      for (int i = 0; i < kWords; ++i) {
+        const int64_t n = 16 * group + r + i;
+        words[i] = padding;
+        if (n >= out_features) continue;
+        const uint8_t* from = packed + n * bytes + 4 * c;
+        if (left >= 16 * kWords) {
+          __builtin_memcpy(&words[i], from, sizeof(Words));
+        } else {
+          __builtin_memcpy(&words[i], from, size_t(bytes - 4 * c));
+          words[i] = (words[i] & kept) | (padding & ~kept);
+        }
+        bad |= threes(words[i]);
+        words[i] = exchanged(words[i]);
+      }
+      transpose(words);
+      for (int i = 0; i < kWords && c + i < chunks; ++i) {
+        __builtin_memcpy(lines + (c + i) * 64 + 4 * r, &words[i], sizeof(Words));
+      }
+    }
+  }
+  uint32_t any = 0;
+  for (int i = 0; i < kWords; ++i) any |= bad[i];
+  return any == 0;
 }
+
+// ---- from t5: one row after the other
 
 static inline bool lines_from_t5(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
                                  uint8_t* lines) {
   const int64_t bytes = ceil_div(in_features, 5);
-  return lines_from_rows(out_features, in_features, group, lines, [=](int64_t n) {
-    // `waiting`: fields that were read and not yet used, the first lowest.
-    return [row = packed + n * bytes, bytes, at = int64_t(0), waiting = uint64_t(0), held = 0]() mutable {
+  uint32_t bad = 0;
+  for (int64_t r = 0; r < 16; ++r) {
+    const int64_t n = 16 * group + r;
+    if (n >= out_features) {
+      fill_lane(in_features, lines + 4 * r, [] { return kPadding; });
+      continue;
+    }
+    const uint8_t* row = packed + n * bytes;
+    int64_t at = 0;
+    uint64_t waiting = 0;  // fields that were read and not yet used, the first lowest
+    int held = 0;
+    bad |= fill_lane(in_features, lines + 4 * r, [&] {
       while (held < 16) {
         waiting |= uint64_t(at < bytes ? kTrits.fields[row[at]] : 0x155u) << 2 * held;
         held += 5;
@@ -194,8 +251,9 @@ static inline bool lines_from_t5(const uint8_t* packed, int64_t out_features, in
       waiting >>= 32;
       held -= 16;
       return word;
-    };
-  });
+    });
+  }
+  return bad == 0;
 }
 
 // Four lines of t5x16 are five of t2x16: each byte place is a run of fields of its own.

@@ -120,11 +120,11 @@ struct Tiles {
   int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
 };
 
-// The integers of all tokens in the order of tiles: [k / 4][tokens of the tile][4], k padded with zeros to a chunk.
+// The integers of all tokens in the order of tiles: [k / 4][tokens of the tile][4], k padded with zeros to chunks.
 class TokenPanels {
  public:
-  TokenPanels(const QuantizedTokens& tokens, const Tiles& tiles, int64_t in_features)
-      : steps_(ceil_div(in_features, 16) * 4), panels_(tiles.tokens * steps_ * 4), tiles_(tiles) {
+  TokenPanels(const QuantizedTokens& tokens, const Tiles& tiles, int64_t in_features, int64_t chunk = 16)
+      : steps_(ceil_div(in_features, chunk) * (chunk / 4)), panels_(tiles.tokens * steps_ * 4), tiles_(tiles) {
     torch::stable::parallel_for(0, tiles.count, grain(in_features * 16), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) fill(tokens, tile, in_features);
     });
@@ -164,6 +164,8 @@ struct IntegerCall {
     return row_of(y, arguments.out_dtype, token, arguments.out_features, begin);
   }
   int64_t units() const { return ceil_div(arguments.out_features, kUnitRows); }
+  // Whether weights in t5x16 are used as they lie.
+  bool fives() const { return arguments.format == TernaryFormat::t5x16 && kernels.gemv_t5 != nullptr; }
   int64_t rows(int64_t unit) const { return std::min<int64_t>(kUnitRows, arguments.out_features - unit * kUnitRows); }
   // The outputs of a unit for tokens in [first, last) from their accumulators.
   void finish(int64_t unit, int64_t first, int64_t last, const int32_t* acc, const UnitScales& scales) const {
@@ -178,7 +180,7 @@ struct IntegerCall {
 // A few tokens, the weights read once as they lie.
 void few_tokens(IntegerCall& call) {
   const LinearArguments& arguments = call.arguments;
-  const bool fives = arguments.format == TernaryFormat::t5x16 && call.kernels.gemv_t5 != nullptr;
+  const bool fives = call.fives();
   const int64_t chunk = fives ? 20 : 16, chunks = ceil_div(arguments.in_features, chunk), stride = chunks * chunk;
   const int tokens = int(arguments.tokens);
   Scratch<int8_t> padded(tokens * stride);
@@ -233,32 +235,38 @@ void one_tile(IntegerCall& call) {
   torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * arguments.tokens), work);
 }
 
-// Many tokens: weights of a unit are decoded to bytes, as many k at a time as stay in the first-level cache (kChunks),
-// and meet all tiles of tokens there.
+// Many tokens: weights of a unit are decoded to bytes, as many k at a time as stay in the first-level cache
+// (kBlockSteps of 4 k), and meet all tiles of tokens there.
 void many_tokens(IntegerCall& call) {
-  constexpr int64_t kChunks = 32;  // 16 KB of codes for two row groups
+  constexpr int64_t kBlockSteps = 130;  // 16 KB of codes for two row groups
   const LinearArguments& arguments = call.arguments;
+  const bool fives = call.fives();
+  const auto decode = fives ? call.kernels.decode_t5 : call.kernels.decode_t2;
+  const int64_t line_steps = fives ? 5 : 4, chunks = ceil_div(arguments.in_features, 4 * line_steps);
+  const int64_t most_chunks = kBlockSteps / line_steps, group_bytes = chunks * kLineBytes;
   const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
-  const TokenPanels panels(call.tokens, tiles, arguments.in_features);
-  const int64_t chunks = ceil_div(arguments.in_features, 16);
+  const TokenPanels panels(call.tokens, tiles, arguments.in_features, 4 * line_steps);
   const auto work = [&](int64_t begin, int64_t end) {
-    UnitLines lines(arguments, call.packed, call.bad);
+    UnitLines unpacked(arguments, call.packed, call.bad);
     UnitScales scales(1);
-    Scratch<uint8_t> codes(2 * 4 * kChunks * kLineBytes);
+    Scratch<uint8_t> codes(2 * kBlockSteps * kLineBytes);
     Scratch<int32_t> acc(arguments.tokens * kUnitRows);
     for (int64_t unit = begin; unit < end; ++unit) {
       scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, call.rows(unit));
-      lines.load(2 * unit);
+      const uint8_t* first = pointer<uint8_t>(call.packed) + 2 * unit * group_bytes;
+      const uint8_t* lines[2] = {first, call.rows(unit) > kGroupRows ? first + group_bytes : nullptr};
+      if (!fives) {
+        unpacked.load(2 * unit);
+        std::copy_n(unpacked.lines, 2, lines);
+      }
       std::memset(acc.get(), 0, size_t(arguments.tokens) * kUnitRows * sizeof(int32_t));
-      for (int64_t c = 0; c < chunks; c += kChunks) {
-        const int64_t size = std::min(kChunks, chunks - c);
-        uint8_t* decoded[2] = {codes.get(), lines.lines[1] ? codes.get() + 4 * kChunks * kLineBytes : nullptr};
-        for (int g = 0; g < 2 && decoded[g] != nullptr; ++g) {
-          call.kernels.decode(lines.lines[g] + c * kLineBytes, size, decoded[g]);
-        }
+      for (int64_t c = 0; c < chunks; c += most_chunks) {
+        const int64_t size = std::min(most_chunks, chunks - c), step = c * line_steps;
+        uint8_t* decoded[2] = {codes.get(), lines[1] ? codes.get() + kBlockSteps * kLineBytes : nullptr};
+        for (int g = 0; g < 2 && decoded[g] != nullptr; ++g) decode(lines[g] + c * kLineBytes, size, decoded[g]);
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
-          const int8_t* panel = panels.at(tile) + c * 16 * tiles.size(tile);
-          call.kernels.tile_codes(decoded[0], decoded[1], size, panel, tiles.size(tile),
+          call.kernels.tile_codes(decoded[0], decoded[1], size * line_steps,
+                                  panels.at(tile) + step * 4 * tiles.size(tile), tiles.size(tile),
                                   acc.get() + tiles.begin(tile) * kUnitRows);
         }
       }
@@ -356,7 +364,7 @@ void integer_product(const LinearArguments& arguments, const QuantizedTokens& to
     grouped(call);
   } else if (arguments.tokens <= kGemvTokens) {
     few_tokens(call);
-  } else if (arguments.tokens <= call.kernels.tile_tokens) {
+  } else if (arguments.tokens <= call.kernels.tile_tokens && !call.fives()) {
     one_tile(call);
   } else {
     many_tokens(call);
@@ -447,7 +455,7 @@ void float_linear(const LinearArguments& arguments, const Tensor& x, const Tenso
     for (int64_t unit = begin; unit < end; ++unit) {
       lines.load(2 * unit);
       for (int g = 0; g < 2 && lines.lines[g] != nullptr; ++g) {
-        codes_of.decode(lines.lines[g], chunks, codes.get() + (2 * unit + g) * group_bytes);
+        codes_of.decode_t2(lines.lines[g], chunks, codes.get() + (2 * unit + g) * group_bytes);
       }
     }
   });
