@@ -148,13 +148,29 @@ def test_bytes_that_stand_for_no_weight(fmt, backend, count_cases):
 @pytest.mark.parametrize("fmt", ["int8", "t2", "t5"])
 @on_every_host_backend
 def test_products_reject_codes_of_canonical_formats(fmt, backend):
-    bad = encoded(random_ternary(5, 23), fmt)
-    bad.view(-1)[-1] = 2 if fmt == "int8" else 255
-    for rows in (1, 2, 7):
-        kind, text = error_of(lambda rows=rows: linear_packed(torch.ones(rows, 23), bad, torch.tensor(1.0), fmt=fmt,
-                                                              in_features=23))  # fmt: skip
-        assert kind is pyops.FormatError, f"{kind.__name__}: {text}"
-        assert text.startswith("pyops::ternary_linear: packed must hold "), text
+    for n, k in ((5, 23), (37, 1451)):
+        good = encoded(random_ternary(n, k), fmt)
+        for place in (0, good.numel() // 2, good.numel() - 1):
+            bad = good.clone()
+            bad.view(-1)[place] = 2 if fmt == "int8" else 255
+            for tokens in (1, 2, 3, 7, 20):
+                x = torch.ones(tokens, k)
+                kind, text = error_of(lambda x=x, bad=bad, k=k: linear_packed(x, bad, torch.tensor(1.0), fmt=fmt,
+                                                                              in_features=k))  # fmt: skip
+                assert kind is pyops.FormatError, f"{kind.__name__}: {text}"
+                assert text.startswith("pyops::ternary_linear: packed must hold "), text
+
+
+@pytest.mark.row("R13")
+@on_every_host_backend
+def test_what_lies_behind_the_last_weight_does_not_matter(backend):
+    n, k = 37, 1451
+    good = encoded(random_ternary(n, k), "t2")
+    other = good.clone()
+    other[:, -1] |= 0b11000000
+    for tokens in (1, 2, 3, 7, 20):
+        x = torch.randn(tokens, k)
+        assert_same_bits(*(linear_packed(x, p, torch.tensor(1.0), in_features=k) for p in (good, other)))
 
 
 @pytest.mark.row("R13")

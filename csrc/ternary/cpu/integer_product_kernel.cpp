@@ -137,6 +137,15 @@ PYOPS_INLINE __m512i without_factors(const __m512i (&sums)[4]) {
       low, _mm512_add_epi32(_mm512_maskz_srai_epi32(0xffff, sums[2], 4), _mm512_maskz_srai_epi32(0xffff, sums[3], 6)));
 }
 
+PYOPS_INLINE int32_t sum_of_lanes(__m512i v) {
+  __m256i halves[2];  // by memory: the intrinsic trips a false gcc 12 warning
+  _mm512_storeu_si512(halves, v);
+  const __m256i half = _mm256_add_epi32(halves[0], halves[1]);
+  const __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i pair = _mm_add_epi32(quarter, _mm_unpackhi_epi64(quarter, quarter));
+  return _mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1);
+}
+
 PYOPS_INLINE void add_to(int32_t* acc, __m512i sums) {
   _mm512_storeu_si512(acc, _mm512_add_epi32(_mm512_loadu_si512(acc), sums));
 }
@@ -238,6 +247,102 @@ void gemv_t5(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_st
   if (tokens == 1) gemv_t5_dot<1>(lines, chunks, q, q_stride, acc);
   if (tokens == 2) gemv_t5_dot<2>(lines, chunks, q, q_stride, acc);
   if (tokens == 3) gemv_t5_dot<3>(lines, chunks, q, q_stride, acc);
+}
+
+// Canonical rows as they lie, kRows at a time: a line is 64 bytes of one row, and only at the end does a sum run across
+// lanes. False if something stands for no weight.
+template <int kTokens, int kRows, bool kFives>
+PYOPS_INLINE bool rows_times_planes(const uint8_t* rows, int64_t row_bytes, int last_weights, const int8_t* planes,
+                                    int64_t plane_bytes, int32_t* acc) {
+  constexpr int kFields = kFives ? 5 : 4;
+  const __m512i masks[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
+                            _mm512_set1_epi8(char(0xc0))};
+  __m512i sums[kTokens][kRows][4] = {}, fifth[kTokens][kRows] = {};
+  __m512i found = _mm512_setzero_si512();  // t2: both bits of a field; t5: the largest byte
+  const auto add_line = [&](int r, __m512i line, int64_t b) __attribute__((always_inline)) {
+    __m512i last = line;
+    if constexpr (kFives) {
+      __m512i rest;
+      found = _mm512_max_epu8(found, line);
+      line = lower_trits(line, rest);
+      last = _mm512_sub_epi8(last, rest);
+    } else {
+      found = _mm512_or_si512(found, _mm512_and_si512(line, _mm512_maskz_srli_epi32(0xffff, line, 1)));
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const int8_t* q = planes + t * kFields * plane_bytes + b;
+      for (int j = 0; j < 4; ++j) {
+        sums[t][r][j] = _mm512_dpbusd_epi32(sums[t][r][j], _mm512_and_si512(line, masks[j]),
+                                            _mm512_loadu_si512(q + j * plane_bytes));
+      }
+      if constexpr (kFives) {
+        fifth[t][r] = _mm512_dpbusd_epi32(fifth[t][r], last, _mm512_loadu_si512(q + 4 * plane_bytes));
+      }
+    }
+  };
+  const auto flush = [&]() __attribute__((always_inline)) {
+    for (int t = 0; t < kTokens; ++t) {
+      for (int r = 0; r < kRows; ++r) {
+        int32_t& sum = acc[t * kUnitRows + r];
+        sum += sum_of_lanes(without_factors(sums[t][r]));
+        if constexpr (kFives) sum += sum_of_lanes(fifth[t][r]) / 81;  // exact
+        for (int j = 0; j < 4; ++j) sums[t][r][j] = _mm512_setzero_si512();
+        fifth[t][r] = _mm512_setzero_si512();
+      }
+    }
+  };
+  const int64_t whole = (row_bytes - 1) / kLineBytes * kLineBytes;
+  for (int64_t begin = 0; begin < whole; begin += kBlockChunks * kLineBytes) {
+    const int64_t end = whole - begin < kBlockChunks * kLineBytes ? whole : begin + kBlockChunks * kLineBytes;
+    for (int64_t b = begin; b < end; b += kLineBytes) {
+      for (int r = 0; r < kRows; ++r) {
+        prefetch_weights(rows + r * row_bytes + b);
+        add_line(r, _mm512_loadu_si512(rows + r * row_bytes + b), b);
+      }
+    }
+    if (end < whole) flush();
+  }
+  const __mmask64 left = ~uint64_t(0) >> (kLineBytes - (row_bytes - whole));
+  for (int r = 0; r < kRows; ++r) {
+    __m512i line = _mm512_maskz_loadu_epi8(left, rows + r * row_bytes + whole);
+    if constexpr (!kFives) {  // what lies behind the last weight counts as nothing
+      const __m512i kept =
+          _mm512_mask_set1_epi8(_mm512_set1_epi8(-1), left ^ left >> 1, char((1 << 2 * last_weights) - 1));
+      line = _mm512_and_si512(line, kept);
+    }
+    add_line(r, line, whole);
+  }
+  flush();
+  return kFives ? _mm512_cmpge_epu8_mask(found, _mm512_set1_epi8(char(243))) == 0
+                : _mm512_test_epi8_mask(found, _mm512_set1_epi8(0x55)) == 0;
+}
+
+template <int kTokens, bool kFives>
+bool gemv_rows_of(const uint8_t* rows, int64_t count, int64_t in_features, const int8_t* planes, int64_t plane_bytes,
+                  int32_t* acc) {
+  constexpr int kRows = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1, kPerByte = kFives ? 5 : 4;
+  const int64_t row_bytes = (in_features + kPerByte - 1) / kPerByte;
+  const int last_weights = in_features % 4 ? int(in_features % 4) : 4;
+  bool good = true;
+  if (row_bytes == 0) return good;
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) {
+    good &= rows_times_planes<kTokens, kRows, kFives>(rows + r * row_bytes, row_bytes, last_weights, planes,
+                                                      plane_bytes, acc + r);
+  }
+  for (; r < count; ++r) {
+    good &= rows_times_planes<kTokens, 1, kFives>(rows + r * row_bytes, row_bytes, last_weights, planes, plane_bytes,
+                                                  acc + r);
+  }
+  return good;
+}
+
+bool gemv_rows(bool fives, const uint8_t* rows, int64_t count, int64_t in_features, const int8_t* planes,
+               int64_t plane_bytes, int tokens, int32_t* acc) {
+  static constexpr decltype(&gemv_rows_of<1, false>) kernels[2][kGemvTokens] = {
+      {gemv_rows_of<1, false>, gemv_rows_of<2, false>, gemv_rows_of<3, false>},
+      {gemv_rows_of<1, true>, gemv_rows_of<2, true>, gemv_rows_of<3, true>}};
+  return kernels[fives][tokens - 1](rows, count, in_features, planes, plane_bytes, acc);
 }
 
 void decode_t5(const uint8_t* lines, int64_t chunks, uint8_t* codes) {
@@ -506,19 +611,27 @@ void finish_groups(const float* value, float step, const float* bias, int64_t ro
 #if defined(__AVX512VNNI__)
 constexpr auto kGemvT5 = &gemv_t5;
 constexpr auto kDecodeT5 = &decode_t5;
+constexpr auto kGemvRows = &gemv_rows;
 #else
 constexpr decltype(&gemv_t2) kGemvT5 = nullptr;
 constexpr decltype(&decode_t2) kDecodeT5 = nullptr;
+constexpr decltype(IntegerProductKernels::gemv_rows) kGemvRows = nullptr;
 #endif
 
 }  // namespace
 
 extern const IntegerProductKernels integer_product_kernels = {
-    &gemv_t2,        kGemvT5,
-    &decode_t2,         kDecodeT5,
-    &tile_any<true>, &tile_any<false>,
-    kTileTokens,     {&finish<float>, nullptr, &finish<bfloat16>, &finish<float16>},
-    &add_group,      {&finish_groups<float>, nullptr, &finish_groups<bfloat16>, &finish_groups<float16>},
+    &gemv_t2,
+    kGemvT5,
+    kGemvRows,
+    &decode_t2,
+    kDecodeT5,
+    &tile_any<true>,
+    &tile_any<false>,
+    kTileTokens,
+    {&finish<float>, nullptr, &finish<bfloat16>, &finish<float16>},
+    &add_group,
+    {&finish_groups<float>, nullptr, &finish_groups<bfloat16>, &finish_groups<float16>},
 };
 
 }  // namespace pyops::PYOPS_ISA

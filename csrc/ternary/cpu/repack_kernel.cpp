@@ -140,27 +140,7 @@ void write_row(TernaryFormat format, const uint8_t* codes, int64_t in_features, 
 
 // ---- lines of t2x16 ------------------------------------------------------------------------------------------
 
-// One row of 16-k words (fields in the order of t2) into its lane, `next()` giving the words in turn.
-template <class Next>
-static inline uint32_t fill_lane(int64_t in_features, uint8_t* lane, Next next) {
-  uint32_t bad = 0;
-  const int64_t chunks = ceil_div(in_features, 16);
-  for (int64_t c = 0; c < chunks; ++c) {
-    uint32_t word = next();
-    const int64_t left = in_features - 16 * c;
-    if (left < 16) {
-      const uint32_t kept = (uint32_t(1) << 2 * left) - 1;
-      word = (word & kept) | (kPadding & ~kept);
-    }
-    bad |= threes(word);
-    word = exchanged(word);
-    __builtin_memcpy(lane + 64 * c, &word, 4);
-  }
-  return bad;
-}
-
-// ---- from t2: as many rows and words at a time as a vector has lanes
-
+// Vectors of words, as many at a time as a vector has lanes.
 #if defined(__AVX512F__)
 constexpr int kWords = 16;
 #elif defined(__AVX2__)
@@ -186,74 +166,80 @@ static inline void transpose(Words (&rows)[kWords]) {
   if constexpr (kSize > 1) transpose<kSize / 2>(rows);
 }
 
-static inline bool lines_from_t2(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
-                                 uint8_t* lines) {
-  const int64_t bytes = ceil_div(in_features, 4), chunks = ceil_div(in_features, 16);
-  Words bad = {};
-  for (int64_t c = 0; c < chunks; c += kWords) {
-    // What lies behind the last weight counts as padding, whatever it is.
-    const int64_t left = in_features - 16 * c;
-    Words kept, padding = Words{} + kPadding;
-    for (int i = 0; i < kWords; ++i) {
-      const int64_t fields = left - 16 * i;
-      kept[i] = fields >= 16 ? ~uint32_t(0) : fields <= 0 ? 0 : (uint32_t(1) << 2 * fields) - 1;
+// Both canonical formats have whole bytes here: 256 of t5, 320 of t2.
+constexpr int kBlockWords = 80;
+
+// Words in the order of t2 from the bytes of a row, of which `count` are left. What is not there is padding.
+static inline void words_from_t2(const uint8_t* row, int64_t count, uint32_t* words) {
+  const size_t bytes = size_t(count < 4 * kBlockWords ? count : 4 * kBlockWords);
+  __builtin_memcpy(words, row, bytes);
+  __builtin_memset(reinterpret_cast<uint8_t*>(words) + bytes, 0x55, 4 * kBlockWords - bytes);
+}
+
+static inline void words_from_t5(const uint8_t* row, int64_t count, uint32_t* words) {
+  uint8_t padded[16];
+  for (int i = 0; i < kBlockWords; i += 5, row += 16, count -= 16) {
+    const uint8_t* from = row;
+    if (count < 16) {
+      __builtin_memset(padded, 121, sizeof(padded));  // five times code 1
+      if (count > 0) __builtin_memcpy(padded, row, size_t(count));
+      from = padded;
     }
-    for (int r = 0; r < 16; r += kWords) {
-      Words words[kWords];
-      for (int i = 0; i < kWords; ++i) {
-        const int64_t n = 16 * group + r + i;
-        words[i] = padding;
-        if (n >= out_features) continue;
-        const uint8_t* from = packed + n * bytes + 4 * c;
-        if (left >= 16 * kWords) {
-          __builtin_memcpy(&words[i], from, sizeof(Words));
-        } else {
-          __builtin_memcpy(&words[i], from, size_t(bytes - 4 * c));
-          words[i] = (words[i] & kept) | (padding & ~kept);
-        }
-        bad |= threes(words[i]);
-        words[i] = exchanged(words[i]);
+    // 16 times 10 bits: each half fills two words and 16 bits.
+    uint64_t low[2], high[2];
+    for (int half = 0; half < 2; ++half) {
+      uint64_t f[8];
+      for (int b = 0; b < 8; ++b) f[b] = kTrits.fields[from[8 * half + b]];
+      low[half] = f[0] | f[1] << 10 | f[2] << 20 | f[3] << 30 | f[4] << 40 | f[5] << 50 | f[6] << 60;
+      high[half] = f[6] >> 4 | f[7] << 6;
+    }
+    words[i] = uint32_t(low[0]);
+    words[i + 1] = uint32_t(low[0] >> 32);
+    words[i + 2] = uint32_t(high[0] | low[1] << 16);
+    words[i + 3] = uint32_t(low[1] >> 16);
+    words[i + 4] = uint32_t(low[1] >> 48 | high[1] << 16);
+  }
+}
+
+// From rows of t2 or t5, a block of words of all 16 rows at a time.
+static inline bool lines_from_rows(bool fives, const uint8_t* packed, int64_t out_features, int64_t in_features,
+                                   int64_t group, uint8_t* lines) {
+  const int64_t per_byte = fives ? 5 : 4, bytes = ceil_div(in_features, per_byte), chunks = ceil_div(in_features, 16);
+  Words bad = {};
+  for (int64_t first = 0; first < chunks; first += kBlockWords) {
+    alignas(64) uint32_t words[16][kBlockWords];
+    const void* rows[16];  // their words, of t2 where they lie if they can be used as they are
+    const int64_t begin = 16 * first / per_byte, last = in_features / 16 - first;  // the word that ends in padding
+    for (int r = 0; r < 16; ++r) {
+      const int64_t n = 16 * group + r, count = n < out_features ? bytes - begin : 0;
+      const uint8_t* row = packed + (count > 0 ? n * bytes + begin : 0);
+      const bool as_it_is = !fives && count >= 4 * kBlockWords && last >= kBlockWords;
+      rows[r] = as_it_is ? static_cast<const void*>(row) : words[r];
+      if (as_it_is) continue;
+      fives ? words_from_t5(row, count, words[r]) : words_from_t2(row, count, words[r]);
+      if (last < kBlockWords && in_features % 16) {
+        const uint32_t kept = (uint32_t(1) << 2 * (in_features % 16)) - 1;
+        words[r][last] = (words[r][last] & kept) | (kPadding & ~kept);
       }
-      transpose(words);
-      for (int i = 0; i < kWords && c + i < chunks; ++i) {
-        __builtin_memcpy(lines + (c + i) * 64 + 4 * r, &words[i], sizeof(Words));
+    }
+    for (int c = 0; c < kBlockWords && first + c < chunks; c += kWords) {
+      for (int r = 0; r < 16; r += kWords) {
+        Words block[kWords];
+        for (int i = 0; i < kWords; ++i) {
+          __builtin_memcpy(&block[i], static_cast<const uint8_t*>(rows[r + i]) + 4 * c, sizeof(Words));
+          bad |= threes(block[i]);
+          block[i] = exchanged(block[i]);
+        }
+        transpose(block);
+        for (int i = 0; i < kWords && first + c + i < chunks; ++i) {
+          __builtin_memcpy(lines + (first + c + i) * 64 + 4 * r, &block[i], sizeof(Words));
+        }
       }
     }
   }
   uint32_t any = 0;
   for (int i = 0; i < kWords; ++i) any |= bad[i];
   return any == 0;
-}
-
-// ---- from t5: one row after the other
-
-static inline bool lines_from_t5(const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
-                                 uint8_t* lines) {
-  const int64_t bytes = ceil_div(in_features, 5);
-  uint32_t bad = 0;
-  for (int64_t r = 0; r < 16; ++r) {
-    const int64_t n = 16 * group + r;
-    if (n >= out_features) {
-      fill_lane(in_features, lines + 4 * r, [] { return kPadding; });
-      continue;
-    }
-    const uint8_t* row = packed + n * bytes;
-    int64_t at = 0;
-    uint64_t waiting = 0;  // fields that were read and not yet used, the first lowest
-    int held = 0;
-    bad |= fill_lane(in_features, lines + 4 * r, [&] {
-      while (held < 16) {
-        waiting |= uint64_t(at < bytes ? kTrits.fields[row[at]] : 0x155u) << 2 * held;
-        held += 5;
-        ++at;
-      }
-      const uint32_t word = uint32_t(waiting);
-      waiting >>= 32;
-      held -= 16;
-      return word;
-    });
-  }
-  return bad == 0;
 }
 
 // Four lines of t5x16 are five of t2x16: each byte place is a run of fields of its own.
@@ -281,9 +267,8 @@ static inline bool lines_from_t5x16(const uint8_t* packed, int64_t in_features, 
 
 bool lines(TernaryFormat format, const uint8_t* packed, int64_t out_features, int64_t in_features, int64_t group,
            uint8_t* out) {
-  if (format == TernaryFormat::t2) return lines_from_t2(packed, out_features, in_features, group, out);
-  if (format == TernaryFormat::t5) return lines_from_t5(packed, out_features, in_features, group, out);
-  return lines_from_t5x16(packed, in_features, group, out);
+  if (format == TernaryFormat::t5x16) return lines_from_t5x16(packed, in_features, group, out);
+  return lines_from_rows(format == TernaryFormat::t5, packed, out_features, in_features, group, out);
 }
 
 }  // namespace

@@ -164,6 +164,7 @@ struct IntegerCall {
     return row_of(y, arguments.out_dtype, token, arguments.out_features, begin);
   }
   int64_t units() const { return ceil_div(arguments.out_features, kUnitRows); }
+  bool canonical() const { return arguments.format == TernaryFormat::t2 || arguments.format == TernaryFormat::t5; }
   // Whether weights in t5x16 are used as they lie.
   bool fives() const { return arguments.format == TernaryFormat::t5x16 && kernels.gemv_t5 != nullptr; }
   int64_t rows(int64_t unit) const { return std::min<int64_t>(kUnitRows, arguments.out_features - unit * kUnitRows); }
@@ -207,6 +208,39 @@ void few_tokens(IntegerCall& call) {
         for (int g = 0; g < 2 && lines.lines[g] != nullptr; ++g) {
           gemv(lines.lines[g], chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
         }
+      }
+      call.finish(unit, 0, tokens, acc, scales);
+    }
+  };
+  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * 4), work);
+}
+
+// The same for weights in their canonical format, as compiled graphs hold them.
+void few_tokens_canonical(IntegerCall& call) {
+  const LinearArguments& arguments = call.arguments;
+  const bool fives = arguments.format == TernaryFormat::t5;
+  const int64_t fields = fives ? 5 : 4, row_bytes = ceil_div(arguments.in_features, fields);
+  const int64_t plane_bytes = ceil_div(row_bytes, kLineBytes) * kLineBytes;
+  const int tokens = int(arguments.tokens);
+  Scratch<int8_t> planes(tokens * fields * plane_bytes);
+  std::memset(planes.get(), 0, size_t(tokens * fields * plane_bytes));
+  for (int t = 0; t < tokens; ++t) {
+    const int8_t* q = call.tokens.q + t * call.tokens.stride;
+    for (int64_t j = 0; j < fields; ++j) {
+      int8_t* plane = planes.get() + (t * fields + j) * plane_bytes;
+      for (int64_t b = 0, k = j; k < arguments.in_features; ++b, k += fields) plane[b] = q[k];
+    }
+  }
+  const auto work = [&](int64_t begin, int64_t end) {
+    UnitScales scales(1);
+    alignas(64) int32_t acc[kGemvTokens * kUnitRows];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t rows = call.rows(unit);
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
+      std::memset(acc, 0, sizeof(acc));
+      const uint8_t* from = pointer<uint8_t>(call.packed) + unit * kUnitRows * row_bytes;
+      if (!call.kernels.gemv_rows(fives, from, rows, arguments.in_features, planes.get(), plane_bytes, tokens, acc)) {
+        call.bad.store(true, std::memory_order_relaxed);
       }
       call.finish(unit, 0, tokens, acc, scales);
     }
@@ -362,6 +396,8 @@ void integer_product(const LinearArguments& arguments, const QuantizedTokens& to
   IntegerCall call{arguments, tokens, packed, gamma, bias, y, PYOPS_SELECT_PRODUCT(integer_product_kernels)};
   if (arguments.granularity == Granularity::group) {
     grouped(call);
+  } else if (arguments.tokens <= kGemvTokens && call.canonical() && call.kernels.gemv_rows != nullptr) {
+    few_tokens_canonical(call);
   } else if (arguments.tokens <= kGemvTokens) {
     few_tokens(call);
   } else if (arguments.tokens <= call.kernels.tile_tokens && !call.fives()) {
