@@ -40,9 +40,10 @@ def compute_format(fmt: str, device: torch.device) -> str:
     wanted = _dispatch.requested("ternary")
     if wanted in ("triton", "reference"):
         return fmt
-    if wanted == "cuda" or (device.type == "cuda" and _lib.cuda_loaded()):
+    kind = device.type
+    if wanted == "cuda" or (kind == "cuda" and _lib.cuda_loaded()):
         return "t2mma"
-    if device.type != "cpu":
+    if kind != "cpu":
         return fmt
     return "t5x16" if fmt == "t5" and _lib.native.current_isa() == "avx512vnni" else "t2x16"
 
@@ -62,15 +63,17 @@ class ComputeLayouts:
     def operand(self, packed: Tensor, fmt: str, out_features: int, in_features: int) -> tuple[Tensor, str]:
         """(weights, their format) for a call now. While a graph is traced or a transform is active the canonical
         tensor itself: a graph must serve on every processor, and must see what is written to the tensor later."""
-        if torch.compiler.is_compiling() or not has_versions(packed) or transform_level_active():
+        if torch.compiler.is_compiling() or transform_level_active():
             return packed, fmt
         wanted = compute_format(fmt, packed.device)
         if wanted == fmt:
             return packed, fmt
         known = self._built.get(wanted)
-        if known is None or not known[0].is_still(packed):
-            return self._build(packed, fmt, wanted, out_features, in_features), wanted
-        return known[1], wanted
+        if known is not None and known[0].is_still(packed):
+            return known[1], wanted
+        if not has_versions(packed):
+            return packed, fmt
+        return self._build(packed, fmt, wanted, out_features, in_features), wanted
 
     def _build(self, packed: Tensor, fmt: str, wanted: str, out_features: int, in_features: int) -> Tensor:
         with _building:

@@ -112,6 +112,8 @@ def _call(args) -> Tensor:
         return _composite(*args)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, args)
+    if torch.is_inference_mode_enabled():  # which is below autograd already
+        return _op(*args)
     with below_autograd():
         return _op(*args)
 

@@ -361,7 +361,14 @@ class PackedBitLinear(_KeepsFloat32, nn.Module):
     # ---- use ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, fmt = self._layouts.operand(self.weight_packed, self.fmt, self.out_features, self.in_features)
+        # A name that nn.Module.__getattr__ looks up takes 0.8 us, of 9 us for a whole call of linear_packed.
+        buffers = self._buffers
+        try:
+            packed, gamma, bias = buffers["weight_packed"], buffers["weight_gamma"], buffers["bias"]
+            A = self._parameters["lowrank_A"]
+        except KeyError:  # one was replaced by another kind of attribute
+            packed, gamma, bias, A = self.weight_packed, self.weight_gamma, self.bias, self.lowrank_A
+        weights, fmt = self._layouts.operand(packed, self.fmt, self.out_features, self.in_features)
         options = {
             "fmt": fmt,
             "in_features": self.in_features,
@@ -371,11 +378,9 @@ class PackedBitLinear(_KeepsFloat32, nn.Module):
             "eps": self.eps,
         }
         x = _normed(x, self.norm)
-        if self.lowrank_A is None:
-            return linear_packed(x, weights, self.weight_gamma, self.bias, **options)
-        return bitlinear_lowrank(
-            x, weights, self.weight_gamma, self.lowrank_A, self.lowrank_B, self.bias, alpha=self.alpha, **options
-        )
+        if A is None:
+            return linear_packed(x, weights, gamma, bias, **options)
+        return bitlinear_lowrank(x, weights, gamma, A, self.lowrank_B, bias, alpha=self.alpha, **options)
 
     @property
     def granularity(self) -> str:
