@@ -158,10 +158,12 @@ struct IntegerCall {
   const OptionalTensor& bias;
   const Tensor& y;
   const IntegerProductKernels& kernels;
+  // A call of mutable_data_ptr per token and unit took 2.5 % of M = 128 at 2560 x 2560.
+  char* const outputs = static_cast<char*>(y.mutable_data_ptr());
   std::atomic<bool> bad{false};
 
   char* output(int64_t token, int64_t begin) const {
-    return row_of(y, arguments.out_dtype, token, arguments.out_features, begin);
+    return outputs + (token * arguments.out_features + begin) * element_bytes(arguments.out_dtype);
   }
   int64_t units() const { return ceil_div(arguments.out_features, kUnitRows); }
   bool canonical() const { return arguments.format == TernaryFormat::t2 || arguments.format == TernaryFormat::t5; }
