@@ -5,6 +5,8 @@
 
 #include <stddef.h>
 
+#include <type_traits>
+
 #include "../../common/simd.h"
 
 namespace pyops::PYOPS_ISA {
@@ -25,7 +27,7 @@ constexpr int kRows = 4;
 // ---- tiles ---------------------------------------------------------------------------------------------------
 
 // Sums run over stretches of the depth, and then over the stretches: their error grows with the length of either only.
-constexpr int64_t kStretch = 32;
+constexpr int64_t kStretch = 64;
 
 template <int kTileRows>
 void tile_of(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride) {
@@ -82,12 +84,23 @@ void pack_along_depth(const void* data, int64_t stride, int rows, int64_t depth,
   }
 }
 
+// Rows of a matrix of which only a narrow strip is read: hardware prefetchers do not follow the stride.
+constexpr int64_t kRowsAhead = 16;
+
 template <class T>
 void pack_across_depth(const void* data, int64_t stride, int rows, int64_t depth, const float* scale, float* a) {
   const T* x = static_cast<const T*>(data);
-  for (int64_t d = 0; d < depth; ++d) {
-    const float factor = scale != nullptr ? scale[d] : 1.0f;
-    for (int r = 0; r < rows; ++r) a[d * rows + r] = widen(x[d * stride + r]) * factor;
+  const auto pack = [=](auto rows) __attribute__((always_inline)) {
+    for (int64_t d = 0; d < depth; ++d) {
+      __builtin_prefetch(x + (d + kRowsAhead) * stride);
+      const float factor = scale != nullptr ? scale[d] : 1.0f;
+      for (int r = 0; r < rows; ++r) a[d * rows + r] = widen(x[d * stride + r]) * factor;
+    }
+  };
+  if (rows == kRows) {
+    pack(std::integral_constant<int, kRows>());
+  } else {
+    pack(rows);
   }
 }
 
@@ -154,6 +167,7 @@ void widen_rows(const int8_t* q, int64_t stride, int64_t count, int64_t depth, f
   typedef int8_t Bytes __attribute__((vector_size(kWidth)));
   for (int64_t d = 0; d < depth; ++d) {
     const int8_t* row = q + d * stride;
+    __builtin_prefetch(row + kRowsAhead * stride);
     float* out = b + d * kColumns;
     if (count >= kColumns) {
       for (int v = 0; v < 2; ++v) {
@@ -170,19 +184,29 @@ void widen_rows(const int8_t* q, int64_t stride, int64_t count, int64_t depth, f
 // ---- out of the tile -------------------------------------------------------------------------------------------
 
 template <class T>
-void finish(const float* c, const float* scale, const float* bias, int64_t count, void* out) {
+void finish(const float* c, int64_t c_stride, const float* scale, const float* bias, int64_t rows, int64_t count,
+            void* out, int64_t stride, bool past_caches) {
   T* y = static_cast<T*>(out);
-  int64_t j = 0;
-  for (; j + kWidth <= count; j += kWidth) {
-    Floats v = load(c + j);
+  const auto value = [=](int64_t r, int64_t j) __attribute__((always_inline)) {
+    Floats v = load(c + r * c_stride + j);
     if (scale != nullptr) v *= load(scale + j);
-    if (bias != nullptr) v += load(bias + j);
-    store(y + j, v);
+    return bias != nullptr ? v + load(bias + j) : v;
+  };
+  constexpr uintptr_t kStored = kWidth * sizeof(T);
+  past_caches &= uintptr_t(out) % kStored == 0 && uintptr_t(stride) * sizeof(T) % kStored == 0;
+  for (int64_t r = 0; r < rows; ++r, y += stride) {
+    int64_t j = 0;
+    if (past_caches) {
+      for (; j + kWidth <= count; j += kWidth) store_nontemporal(y + j, value(r, j));
+    } else {
+      for (; j + kWidth <= count; j += kWidth) store(y + j, value(r, j));
+    }
+    for (; j < count; ++j) {
+      const float v = c[r * c_stride + j] * (scale != nullptr ? scale[j] : 1.0f);
+      narrow(bias != nullptr ? v + bias[j] : v, y[j]);
+    }
   }
-  for (; j < count; ++j) {
-    const float v = c[j] * (scale != nullptr ? scale[j] : 1.0f);
-    narrow(bias != nullptr ? v + bias[j] : v, y[j]);
-  }
+  if (past_caches) nontemporal_fence();
 }
 
 }  // namespace

@@ -28,8 +28,9 @@ struct FloatProductKernels {
                          float* b);
   // b[d][j] = q[d * stride + j] for j < count, 0 beyond.
   void (*widen_rows)(const int8_t* q, int64_t stride, int64_t count, int64_t depth, float* b);
-  // y[j] = c[j] * scale[j] + bias[j] by DType of y; scale and bias may be null.
-  void (*finish[4])(const float* c, const float* scale, const float* bias, int64_t count, void* y);
+  // y[r][j] = c[r][j] * scale[j] + bias[j] by DType of y; scale and bias may be null.
+  void (*finish[4])(const float* c, int64_t c_stride, const float* scale, const float* bias, int64_t rows,
+                    int64_t count, void* y, int64_t stride, bool past_caches);
 };
 
 namespace baseline {

@@ -19,8 +19,8 @@ struct IntegerProductKernels {
   // with zeros to whole chunks. Adds into acc. gemv_t5 is null where unpacking first is as good.
   void (*gemv_t2)(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc);
   void (*gemv_t5)(const uint8_t* lines, int64_t chunks, const int8_t* q, int64_t q_stride, int tokens, int32_t* acc);
-  // `count` <= 32 rows of t2 or t5 as they lie times up to kGemvTokens tokens, whose q lie in planes [tokens][field of a
-  // byte][plane_bytes], padded with zeros to whole lines of bytes. Adds into acc; false if something stands for no
+  // `count` <= 32 rows of t2 or t5 as they lie times up to kGemvTokens tokens, whose q lie in planes [tokens][field of
+  // a byte][plane_bytes], padded with zeros to whole lines of bytes. Adds into acc; false if something stands for no
   // weight. Null where bringing rows into lines first is as good.
   bool (*gemv_rows)(bool fives, const uint8_t* rows, int64_t count, int64_t in_features, const int8_t* planes,
                     int64_t plane_bytes, int tokens, int32_t* acc);

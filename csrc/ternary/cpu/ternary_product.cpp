@@ -421,13 +421,14 @@ constexpr int64_t kDepth = 256;                     // of a panel: 32 KB of B pe
 constexpr int64_t kColumns = 128;                   // of C per task
 constexpr int64_t kTaskRows = 1020;                 // of C per task: 510 KB of sums
 constexpr int64_t kPanelBytes = int64_t(16) << 20;  // of A that is packed at a time
+constexpr int64_t kLargeBytes = int64_t(4) << 20;   // of an output that no cache need hold
 constexpr int64_t kKeptDepth = 1024;                // up to here B is packed once for all rows: 512 KB
 
 // C = A B from functions that pack panels and take finished stretches of rows. Sums run over the depth in blocks of
 // kDepth in order, whatever the number of threads.
 //   pack_a(row, rows, a)              all the depth of some rows
 //   pack_b(column, begin, depth, b)   one panel of B, as wide as a tile
-//   finish(row, column, count, c)     a stretch of one row of C
+//   finish(row, rows, column, count, c)   a stretch of some rows of C, kColumns apart
 template <class PackA, class PackB, class Finish>
 void float_product(int64_t rows, int64_t columns, int64_t depth, const FloatProductKernels& kernels, PackA pack_a,
                    PackB pack_b, Finish finish) {
@@ -458,17 +459,15 @@ void float_product(int64_t rows, int64_t columns, int64_t depth, const FloatProd
             for (int64_t j = 0; j < width && (top == 0 || !keep); j += kernels.columns) {
               pack_b(column + j, d, size, panels + j * kDepth);
             }
-            for (int64_t row = top; row < bottom; row += kernels.rows) {
-              const int count = int(std::min<int64_t>(kernels.rows, here - row));
-              const float* panel = a.get() + row * depth + d * count;
-              for (int64_t j = 0; j < width; j += kernels.columns) {
+            for (int64_t j = 0; j < width; j += kernels.columns) {
+              for (int64_t row = top; row < bottom; row += kernels.rows) {
+                const int count = int(std::min<int64_t>(kernels.rows, here - row));
+                const float* panel = a.get() + row * depth + d * count;
                 kernels.tile(panel, panels + j * kDepth, size, count, c.get() + (row - top) * kColumns + j, kColumns);
               }
             }
           }
-          for (int64_t row = top; row < bottom; ++row) {
-            finish(first + row, column, width, c.get() + (row - top) * kColumns);
-          }
+          finish(first + top, bottom - top, column, width, c.get());
         }
       }
     });
@@ -528,9 +527,9 @@ void float_linear(const LinearArguments& arguments, const Tensor& x, const Tenso
           }
         }
       },
-      [&](int64_t row, int64_t column, int64_t count, const float* c) {
-        finish(c, row_gamma.get() + column, bias ? row_bias.get() + column : nullptr, count,
-               row_of(y, arguments.out_dtype, row, out_features, column));
+      [&](int64_t row, int64_t rows, int64_t column, int64_t count, const float* c) {
+        finish(c, kColumns, row_gamma.get() + column, bias ? row_bias.get() + column : nullptr, rows, count,
+               row_of(y, arguments.out_dtype, row, out_features, column), out_features, false);
       });
 }
 
@@ -580,8 +579,9 @@ void float_backward_input(const LinearArguments& arguments, const Tensor& grad, 
         kernels.decode_rows(packed + begin * row_bytes + column / 4, row_bytes, row_bytes - column / 4, depth,
                             grouped ? scales + begin * groups + column / kTernaryGroup : nullptr, groups, b);
       },
-      [&](int64_t row, int64_t column, int64_t count, const float* c) {
-        finish(c, nullptr, nullptr, count, row_of(dx, arguments.out_dtype, row, in_features, column));
+      [&](int64_t row, int64_t rows, int64_t column, int64_t count, const float* c) {
+        finish(c, kColumns, nullptr, nullptr, rows, count, row_of(dx, arguments.out_dtype, row, in_features, column),
+               in_features, false);
       });
 }
 
@@ -592,7 +592,9 @@ void float_backward_weight(const WeightGradientArguments& arguments, const Tenso
   const auto pack_grad = kernels.pack_across_depth[int(arguments.dtype)];
   const auto finish = kernels.finish[int(arguments.out_dtype)];
   const int8_t* integers = pointer<int8_t>(q);
-  const int64_t q_stride = q.stride(0);
+  const int64_t q_stride = q.stride(0), in_features = arguments.in_features;
+  // Unless the system zeroes its pages in the cache first: 48 instead of 52 ms, 2560 x 2560 and 512 tokens.
+  const bool past_caches = !advise_huge_pages(dw) && dw.numel() * element_bytes(arguments.out_dtype) >= kLargeBytes;
   float_product(
       arguments.out_features, arguments.in_features, arguments.tokens, kernels,
       [&](int64_t row, int rows, float* a) {
@@ -602,8 +604,9 @@ void float_backward_weight(const WeightGradientArguments& arguments, const Tenso
       [&](int64_t column, int64_t begin, int64_t depth, float* b) {
         kernels.widen_rows(integers + begin * q_stride + column, q_stride, arguments.in_features - column, depth, b);
       },
-      [&](int64_t row, int64_t column, int64_t count, const float* c) {
-        finish(c, nullptr, nullptr, count, row_of(dw, arguments.out_dtype, row, arguments.in_features, column));
+      [&](int64_t row, int64_t rows, int64_t column, int64_t count, const float* c) {
+        finish(c, kColumns, nullptr, nullptr, rows, count, row_of(dw, arguments.out_dtype, row, in_features, column),
+               in_features, past_caches);
       });
 }
 
