@@ -43,6 +43,7 @@ class Op:
     family: str
     reference: Callable
     triton_module: str
+    levels: tuple[str, ...]  # instruction sets that its CPU kernels are compiled for
     native: dict[str, object] = field(default_factory=dict)  # dispatch key -> C++ kernel, once a router sits on it
 
     def reasons_against(self, backend: str, args: tuple) -> list[str]:
@@ -98,10 +99,12 @@ def triton_unavailable() -> str:
     return ""
 
 
-def register(family: str, triton_module: str, **references: Callable) -> None:
+def register(
+    family: str, triton_module: str, levels: tuple[str, ...] = _lib.KERNEL_LEVELS, **references: Callable
+) -> None:
     """Declares ops of a family: ``op=reference implementation`` with the op's own arguments and outputs."""
     for name, reference in references.items():
-        _ops[name] = Op(name, family, reference, triton_module)
+        _ops[name] = Op(name, family, reference, triton_module, levels)
         if torch.version.cuda and not _lib.cuda_loaded():
             library.impl(name, functools.partial(_route, _ops[name], "CUDA"), "CUDA", with_keyset=True)
     if _environment.values["PYOPS_BACKEND"]:
@@ -261,4 +264,4 @@ def explain_op(name: str, args: tuple) -> Explanation:
             rejected[backend] = [f"{chosen} comes first"]
     if chosen is None:
         raise RuntimeError(f"pyops::{name}: no backend can serve: {rejected}")
-    return Explanation(name, chosen, _lib.kernel_level() if chosen == "cpu" else None, rejected)
+    return Explanation(name, chosen, _lib.kernel_level(op.levels) if chosen == "cpu" else None, rejected)

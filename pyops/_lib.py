@@ -79,11 +79,12 @@ def cuda_unavailable() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device is available to torch"
 
 
-#: Levels that the CPU kernels are compiled for, lowest first (CMakeLists.txt).
+#: Levels that the CPU kernels are compiled for, lowest first (CMakeLists.txt): all, and the products of ternary weights.
 KERNEL_LEVELS = ("baseline", "avx2", "avx512")
+PRODUCT_LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni")
 
 
-def kernel_level() -> str:
+def kernel_level(levels: tuple[str, ...] = KERNEL_LEVELS) -> str:
     """The compiled level that runs now: the highest one at or below the processor's and the cap."""
     order = ISA_LEVELS.index(native.current_isa())
-    return next(level for level in reversed(KERNEL_LEVELS) if ISA_LEVELS.index(level) <= order)
+    return next(level for level in reversed(levels) if ISA_LEVELS.index(level) <= order)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pyops import _dispatch
+from pyops import _dispatch, _lib
 from pyops.ternary import _checks, reference
 from pyops.ternary._formats import FORMATS, GROUP, _ceil, packed_shape
 
@@ -162,9 +162,14 @@ _dispatch.register("ternary", "ternary.repack", ternary_repack=ternary_repack)
 _dispatch.register(
     "ternary",
     "ternary.linear",
+    _lib.PRODUCT_LEVELS,
     ternary_linear=ternary_linear,
     ternary_linear_backward_input=ternary_linear_backward_input,
 )
 _dispatch.register(
-    "ternary", "ternary.bitlinear", bitlinear=bitlinear, bitlinear_backward_weight=bitlinear_backward_weight
+    "ternary",
+    "ternary.bitlinear",
+    _lib.PRODUCT_LEVELS,
+    bitlinear=bitlinear,
+    bitlinear_backward_weight=bitlinear_backward_weight,
 )
