@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "quantize_weight_kernel.h"
@@ -146,14 +147,13 @@ float effective_scale(float gamma, const ScaleOptions& options) {
   return options.add_eps ? gamma + options.eps : gamma < options.eps ? options.eps : gamma;
 }
 
-// gamma of one matrix (or row): measured, or the given one; NaN if a weight is not finite.
+// gamma of one matrix (or row): the given one, or measured, then NaN if a weight is not finite.
 float measure(const Stretches& stretches, int64_t n, DType dtype, const float* given, const ScaleOptions& options) {
   const auto& kernels = PYOPS_SELECT(quantize_weight_kernels);
-  if (n == 0) return effective_scale(given ? *given : 0.0f, options);
-  if (options.use_median && !given) return effective_scale(median(stretches, n, dtype, kernels), options);
+  if (given || n == 0) return effective_scale(given ? *given : 0.0f, options);
+  if (options.use_median) return effective_scale(median(stretches, n, dtype, kernels), options);
   const double average = mean(stretches, n, kernels.sum[int(dtype)]);
-  if (!isfinite(average)) return kNaN;
-  return effective_scale(given ? *given : float(average), options);
+  return isfinite(average) ? effective_scale(float(average), options) : kNaN;
 }
 
 std::tuple<Tensor, Tensor> ternary_quantize_weight_cpu(const Tensor& weight_in, const OptionalTensor& scale_in,
@@ -176,15 +176,28 @@ std::tuple<Tensor, Tensor> ternary_quantize_weight_cpu(const Tensor& weight_in, 
   auto* codes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const int64_t stride = weight.stride(0) * element_bytes(dtype);
   const int64_t grain = std::max<int64_t>(1, kStretch / (columns + 1));
+  constexpr int kZeroCodes = 0x55;
+  std::atomic<bool> finite{true};
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       if (per_row) {
         gammas[n] = measure(Stretches(data + n * stride, 1, columns, 0, dtype), columns, dtype,
                             given ? given + n : nullptr, options);
       }
-      encode(data + n * stride, columns, 1.0f / gammas[per_row ? n : 0], codes + n * row_bytes);
+      const float inverse = 1.0f / gammas[per_row ? n : 0];
+      if (encode(data + n * stride, columns, inverse, codes + n * row_bytes) < kInfinity) continue;
+      if (per_row) {
+        gammas[n] = kNaN;
+        std::memset(codes + n * row_bytes, kZeroCodes, size_t(row_bytes));
+      } else {
+        finite.store(false, std::memory_order_relaxed);
+      }
     }
   });
+  if (!finite) {  // with a given scale this is the first that looks at all weights
+    gammas[0] = kNaN;
+    std::memset(codes, kZeroCodes, size_t(rows * row_bytes));
+  }
   return {packed, gamma};
 }
 

@@ -193,19 +193,25 @@ PYOPS_INLINE uint32_t codes(Signs s) {
 }
 
 template <class T>
-void encode(const void* data, int64_t n, float inverse, uint8_t* out) {
+int32_t encode(const void* data, int64_t n, float inverse, uint8_t* out) {
   const T* w = static_cast<const T*>(data);
   constexpr int bytes = kWidth / 4;
+  Integers largest = {};
   int64_t k = 0;
   for (; k + kWidth <= n; k += kWidth) {
     prefetch_ahead(w + k);
-    const uint32_t word = codes(signs(load(w + k), inverse));
+    const Floats v = load(w + k);
+    largest = larger(largest, magnitude(v));
+    const uint32_t word = codes(signs(v, inverse));
     __builtin_memcpy(out + k / 4, &word, bytes);
   }
   if (k < n) {
-    const uint32_t word = codes(signs(load_partial(w + k, n - k, 0.0f), inverse));
+    const Floats v = load_partial(w + k, n - k, 0.0f);
+    largest = larger(largest, magnitude(v));
+    const uint32_t word = codes(signs(v, inverse));
     __builtin_memcpy(out + k / 4, &word, size_t(n - k + 3) / 4);
   }
+  return largest_lane(largest);
 }
 
 }  // namespace

@@ -22,8 +22,9 @@ struct QuantizeWeightKernels {
                                int32_t& largest);
   // The element of that rank among n magnitudes.
   int32_t (*select)(const int32_t* magnitudes, int64_t n, int64_t rank);
-  // Codes of one row in format t2 (ceil(n / 4) bytes): sign(w) where |w| * inverse > 0.5, else 0.
-  void (*encode[4])(const void* w, int64_t n, float inverse, uint8_t* out);
+  // Codes of one row in format t2 (ceil(n / 4) bytes): sign(w) where |w| * inverse > 0.5, else 0. Returns the largest
+  // magnitude.
+  int32_t (*encode[4])(const void* w, int64_t n, float inverse, uint8_t* out);
 };
 
 namespace baseline {

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <limits>
 
 namespace pyops {
 namespace {
@@ -120,31 +121,44 @@ struct Tiles {
   int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
 };
 
-// The integers of all tokens in the order of tiles: [k / 4][tokens of the tile][4], k padded with zeros to chunks.
+// The integers of all tokens in the order in which they are used: blocks of steps of 4 k, in each the tiles, in each
+// [step][tokens of the tile][4]; k is padded with zeros to chunks.
 class TokenPanels {
  public:
-  TokenPanels(const QuantizedTokens& tokens, const Tiles& tiles, int64_t in_features, int64_t chunk = 16)
-      : steps_(ceil_div(in_features, chunk) * (chunk / 4)), panels_(tiles.tokens * steps_ * 4), tiles_(tiles) {
+  TokenPanels(const QuantizedTokens& tokens, const Tiles& tiles, int64_t in_features, int64_t chunk = 16,
+              int64_t block_steps = std::numeric_limits<int64_t>::max())
+      : steps_(ceil_div(in_features, chunk) * (chunk / 4)),
+        block_(std::min(block_steps, at_least_1(steps_))),
+        panels_(tiles.tokens * steps_ * 4),
+        tiles_(tiles) {
     torch::stable::parallel_for(0, tiles.count, grain(in_features * 16), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) fill(tokens, tile, in_features);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        for (int64_t step = 0; step < steps_; step += block_) fill(tokens, tile, step, in_features);
+      }
     });
   }
-  const int8_t* at(int64_t tile) const { return panels_.get() + tiles_.begin(tile) * steps_ * 4; }
+  // The panel of a tile that begins with `step`, the first of a block.
+  const int8_t* at(int64_t tile, int64_t step = 0) const { return panels_.get() + place(tile, step); }
 
  private:
-  void fill(const QuantizedTokens& tokens, int64_t tile, int64_t in_features) {
-    const int64_t first = tiles_.begin(tile), size = tiles_.size(tile), whole = in_features / 4;
-    int8_t* panel = panels_.get() + first * steps_ * 4;
-    const int8_t* q = tokens.q + first * tokens.stride;
-    for (int64_t s = 0; s < whole; ++s) {
-      for (int64_t t = 0; t < size; ++t) std::memcpy(panel + (s * size + t) * 4, q + t * tokens.stride + 4 * s, 4);
-    }
-    std::memset(panel + whole * size * 4, 0, size_t((steps_ - whole) * size * 4));
-    for (int64_t t = 0; t < size && in_features % 4; ++t) {
-      std::memcpy(panel + (whole * size + t) * 4, q + t * tokens.stride + 4 * whole, size_t(in_features % 4));
-    }
+  int64_t place(int64_t tile, int64_t step) const {
+    return (step * tiles_.tokens + tiles_.begin(tile) * std::min(block_, steps_ - step)) * 4;
   }
-  int64_t steps_;
+
+  void fill(const QuantizedTokens& tokens, int64_t tile, int64_t begin, int64_t in_features) {
+    const int64_t size = tiles_.size(tile), end = std::min(begin + block_, steps_);
+    const int64_t whole = std::clamp(in_features / 4, begin, end), last = in_features % 4;
+    int8_t* panel = panels_.get() + place(tile, begin);
+    const int8_t* q = tokens.q + tiles_.begin(tile) * tokens.stride;
+    for (int64_t s = begin; s < whole; ++s) {
+      for (int64_t t = 0; t < size; ++t, panel += 4) std::memcpy(panel, q + t * tokens.stride + 4 * s, 4);
+    }
+    std::memset(panel, 0, size_t((end - whole) * size * 4));
+    if (last == 0 || whole == end || whole != in_features / 4) return;
+    for (int64_t t = 0; t < size; ++t) std::memcpy(panel + 4 * t, q + t * tokens.stride + 4 * whole, size_t(last));
+  }
+
+  int64_t steps_, block_;
   Scratch<int8_t> panels_;
   Tiles tiles_;
 };
@@ -158,12 +172,13 @@ struct IntegerCall {
   const OptionalTensor& bias;
   const Tensor& y;
   const IntegerProductKernels& kernels;
-  // A call of mutable_data_ptr per token and unit took 2.5 % of M = 128 at 2560 x 2560.
+  // Asked for once: mutable_data_ptr and element_bytes per token and unit took 4 % of M = 128 at 2560 x 2560.
   char* const outputs = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t output_bytes = element_bytes(arguments.out_dtype);
   std::atomic<bool> bad{false};
 
   char* output(int64_t token, int64_t begin) const {
-    return outputs + (token * arguments.out_features + begin) * element_bytes(arguments.out_dtype);
+    return outputs + (token * arguments.out_features + begin) * output_bytes;
   }
   int64_t units() const { return ceil_div(arguments.out_features, kUnitRows); }
   bool canonical() const { return arguments.format == TernaryFormat::t2 || arguments.format == TernaryFormat::t5; }
@@ -281,7 +296,7 @@ void many_tokens(IntegerCall& call) {
   const int64_t line_steps = fives ? 5 : 4, chunks = ceil_div(arguments.in_features, 4 * line_steps);
   const int64_t most_chunks = kBlockSteps / line_steps, group_bytes = chunks * kLineBytes;
   const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
-  const TokenPanels panels(call.tokens, tiles, arguments.in_features, 4 * line_steps);
+  const TokenPanels panels(call.tokens, tiles, arguments.in_features, 4 * line_steps, most_chunks * line_steps);
   const auto work = [&](int64_t begin, int64_t end) {
     UnitLines unpacked(arguments, call.packed, call.bad);
     UnitScales scales(1);
@@ -301,8 +316,7 @@ void many_tokens(IntegerCall& call) {
         uint8_t* decoded[2] = {codes.get(), lines[1] ? codes.get() + kBlockSteps * kLineBytes : nullptr};
         for (int g = 0; g < 2 && decoded[g] != nullptr; ++g) decode(lines[g] + c * kLineBytes, size, decoded[g]);
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
-          call.kernels.tile_codes(decoded[0], decoded[1], size * line_steps,
-                                  panels.at(tile) + step * 4 * tiles.size(tile), tiles.size(tile),
+          call.kernels.tile_codes(decoded[0], decoded[1], size * line_steps, panels.at(tile, step), tiles.size(tile),
                                   acc.get() + tiles.begin(tile) * kUnitRows);
         }
       }
