@@ -79,7 +79,7 @@ def cuda_unavailable() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device is available to torch"
 
 
-#: Levels that the CPU kernels are compiled for, lowest first (CMakeLists.txt): all, and the products of ternary weights.
+#: Levels that the CPU kernels are compiled for, lowest first (CMakeLists.txt): all, and products of ternary weights.
 KERNEL_LEVELS = ("baseline", "avx2", "avx512")
 PRODUCT_LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni")
 
