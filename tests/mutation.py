@@ -189,6 +189,7 @@ TERNARY = [
     Mutant(INTEGERS, "return bias ? y + load(bias + r) : y;", "return y;", 0),
     Mutant(INTEGERS, "if (c < end) chunk(c, 0);", "", 0),
     Mutant(INTEGERS, "sums[t][v] = load_sums(acc + t * kUnitRows + v * kVectorRows);", "sums[t][v] = Codes{};"),
+    Mutant(INTEGERS, "kFives ? kBlockChunks / 4 : kBlockChunks", "kBlockChunks"),
     Mutant(INTEGERS, "found = _mm512_max_epu8(found, line);", "found = line;"),
     Mutant(INTEGERS, "line = _mm512_and_si512(line, kept);", ""),
     Mutant(INTEGERS, "sum_of_lanes(fifth[t][r]) / 81", "sum_of_lanes(fifth[t][r])"),

@@ -255,12 +255,14 @@ def test_no_accumulator_saturates(fmt, backend, count_cases):
     count_cases(4 * len(cases))
 
 
+@pytest.mark.parametrize("fmt", ["t2", "t5", "t2x16", "t5x16"])
 @on_cpu_levels
-def test_longest_sum(backend):
+def test_longest_sum(fmt, backend):
     """At the most in_features there may be, -128 in each: the int32 sum is its least number."""
     k = 1 << 24
-    packed, x = pack(torch.ones(1, k, dtype=torch.int8)), torch.full((1, k), -1.0, dtype=torch.bfloat16)
-    y = linear_packed(x, packed, torch.tensor(128.0), in_features=k, qmax=128, out_dtype=torch.float32)
+    packed, x = pack(torch.ones(1, k, dtype=torch.int8), fmt), torch.full((1, k), -1.0, dtype=torch.bfloat16)
+    options = {"fmt": fmt, "in_features": k, "out_features": 1, "qmax": 128, "out_dtype": torch.float32}
+    y = linear_packed(x, packed, torch.tensor(128.0), **options)
     assert y.item() == -(2.0**31)
 
 

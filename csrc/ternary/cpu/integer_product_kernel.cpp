@@ -295,8 +295,10 @@ PYOPS_INLINE bool rows_times_planes(const uint8_t* rows, int64_t row_bytes, int 
     }
   };
   const int64_t whole = (row_bytes - 1) / kLineBytes * kLineBytes;
-  for (int64_t begin = 0; begin < whole; begin += kBlockChunks * kLineBytes) {
-    const int64_t end = whole - begin < kBlockChunks * kLineBytes ? whole : begin + kBlockChunks * kLineBytes;
+  // Sums across all lanes still hold 81 times the fifth trits: 16 lanes x 4 x 162 x 128 for each line.
+  constexpr int64_t kBlock = (kFives ? kBlockChunks / 4 : kBlockChunks) * kLineBytes;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    const int64_t end = whole - begin < kBlock ? whole : begin + kBlock;
     for (int64_t b = begin; b < end; b += kLineBytes) {
       for (int r = 0; r < kRows; ++r) {
         prefetch_weights(rows + r * row_bytes + b);

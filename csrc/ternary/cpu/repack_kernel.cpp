@@ -8,6 +8,8 @@
 
 #include <utility>
 
+#include "../../common/simd.h"
+
 namespace pyops::PYOPS_ISA {
 namespace {
 
@@ -140,15 +142,8 @@ void write_row(TernaryFormat format, const uint8_t* codes, int64_t in_features, 
 
 // ---- lines of t2x16 ------------------------------------------------------------------------------------------
 
-// Vectors of words, as many at a time as a vector has lanes.
-#if defined(__AVX512F__)
-constexpr int kWords = 16;
-#elif defined(__AVX2__)
-constexpr int kWords = 8;
-#else
-constexpr int kWords = 4;
-#endif
-typedef uint32_t Words __attribute__((vector_size(4 * kWords)));
+constexpr int kWords = kLanes<float>;
+using Words = VectorTypes<float>::bits;
 
 // Exchanges blocks of kSize x kSize words across the diagonal, of rows that are kSize apart.
 template <int kSize, size_t... kLane>

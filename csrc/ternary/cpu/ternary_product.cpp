@@ -52,16 +52,17 @@ struct UnitScales {
   }
 };
 
-// The lines of two row groups: where they lie, or unpacked into scratch.
+// The lines of two row groups: where they lie, or unpacked into lines of t2x16 in scratch. With `fives` lines of t5x16
+// are used as they lie.
 class UnitLines {
  public:
-  UnitLines(const LinearArguments& arguments, const Tensor& packed, std::atomic<bool>& bad)
+  UnitLines(const LinearArguments& arguments, const Tensor& packed, std::atomic<bool>& bad, bool fives = false)
       : arguments_(arguments),
         packed_(pointer<uint8_t>(packed)),
         bad_(bad),
         kernels_(PYOPS_SELECT(repack_kernels)),
-        bytes_(ceil_div(arguments.in_features, 16) * kLineBytes),
-        direct_(arguments.format == TernaryFormat::t2x16),
+        bytes_(ceil_div(arguments.in_features, fives ? 20 : 16) * kLineBytes),
+        direct_(fives || arguments.format == TernaryFormat::t2x16),
         unpacked_(direct_ ? 0 : 2 * bytes_) {}
 
   // Of row group `group` and the one after it; the second is null past the last.
@@ -195,6 +196,26 @@ struct IntegerCall {
   }
 };
 
+// Units with the sums of all tokens at once. `make()` gives what adds up a unit, as (unit, rows, acc), for one thread;
+// `work` is what a weight costs, in multiplications.
+template <class Make>
+void each_unit(IntegerCall& call, int64_t work, Make make) {
+  const LinearArguments& arguments = call.arguments;
+  const auto run = [&](int64_t begin, int64_t end) {
+    auto add_up = make();
+    UnitScales scales(1);
+    alignas(64) int32_t acc[kMostTileTokens * kUnitRows];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t rows = call.rows(unit);
+      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
+      std::memset(acc, 0, size_t(arguments.tokens) * kUnitRows * sizeof(int32_t));
+      add_up(unit, rows, acc);
+      call.finish(unit, 0, arguments.tokens, acc, scales);
+    }
+  };
+  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * work), run);
+}
+
 // A few tokens, the weights read once as they lie.
 void few_tokens(IntegerCall& call) {
   const LinearArguments& arguments = call.arguments;
@@ -207,29 +228,15 @@ void few_tokens(IntegerCall& call) {
     std::memset(padded.get() + t * stride + arguments.in_features, 0, size_t(stride - arguments.in_features));
   }
   const auto gemv = fives ? call.kernels.gemv_t5 : call.kernels.gemv_t2;
-  const auto work = [&](int64_t begin, int64_t end) {
-    UnitLines lines(arguments, call.packed, call.bad);
-    UnitScales scales(1);
-    alignas(64) int32_t acc[kGemvTokens * kUnitRows];
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t rows = call.rows(unit);
-      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
-      std::memset(acc, 0, sizeof(acc));
-      if (fives) {
-        for (int64_t g = 0; g * kGroupRows < rows; ++g) {
-          const uint8_t* from = pointer<uint8_t>(call.packed) + (2 * unit + g) * chunks * kLineBytes;
-          gemv(from, chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
-        }
-      } else {
-        lines.load(2 * unit);
-        for (int g = 0; g < 2 && lines.lines[g] != nullptr; ++g) {
-          gemv(lines.lines[g], chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
-        }
-      }
-      call.finish(unit, 0, tokens, acc, scales);
-    }
-  };
-  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * 4), work);
+  each_unit(call, 4, [&] {
+    return
+        [&, lines = UnitLines(arguments, call.packed, call.bad, fives)](int64_t unit, int64_t, int32_t* acc) mutable {
+          lines.load(2 * unit);
+          for (int g = 0; g < 2 && lines.lines[g] != nullptr; ++g) {
+            gemv(lines.lines[g], chunks, padded.get(), stride, tokens, acc + g * kGroupRows);
+          }
+        };
+  });
 }
 
 // The same for weights in their canonical format, as compiled graphs hold them.
@@ -248,21 +255,14 @@ void few_tokens_canonical(IntegerCall& call) {
       for (int64_t b = 0, k = j; k < arguments.in_features; ++b, k += fields) plane[b] = q[k];
     }
   }
-  const auto work = [&](int64_t begin, int64_t end) {
-    UnitScales scales(1);
-    alignas(64) int32_t acc[kGemvTokens * kUnitRows];
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t rows = call.rows(unit);
-      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, rows);
-      std::memset(acc, 0, sizeof(acc));
+  each_unit(call, 4, [&] {
+    return [&](int64_t unit, int64_t rows, int32_t* acc) {
       const uint8_t* from = pointer<uint8_t>(call.packed) + unit * kUnitRows * row_bytes;
       if (!call.kernels.gemv_rows(fives, from, rows, arguments.in_features, planes.get(), plane_bytes, tokens, acc)) {
         call.bad.store(true, std::memory_order_relaxed);
       }
-      call.finish(unit, 0, tokens, acc, scales);
-    }
-  };
-  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * 4), work);
+    };
+  });
 }
 
 // Up to a tile of tokens: the weights are decoded in registers, once.
@@ -271,19 +271,12 @@ void one_tile(IntegerCall& call) {
   const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
   const TokenPanels panels(call.tokens, tiles, arguments.in_features);
   const int64_t chunks = ceil_div(arguments.in_features, 16);
-  const auto work = [&](int64_t begin, int64_t end) {
-    UnitLines lines(arguments, call.packed, call.bad);
-    UnitScales scales(1);
-    alignas(64) int32_t acc[kMostTileTokens * kUnitRows];
-    for (int64_t unit = begin; unit < end; ++unit) {
-      scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, call.rows(unit));
+  each_unit(call, arguments.tokens, [&] {
+    return [&, lines = UnitLines(arguments, call.packed, call.bad)](int64_t unit, int64_t, int32_t* acc) mutable {
       lines.load(2 * unit);
-      std::memset(acc, 0, sizeof(acc));
       call.kernels.tile_lines(lines.lines[0], lines.lines[1], chunks, panels.at(0), tiles.size(0), acc);
-      call.finish(unit, 0, arguments.tokens, acc, scales);
-    }
-  };
-  torch::stable::parallel_for(0, call.units(), grain(kUnitRows * arguments.in_features * arguments.tokens), work);
+    };
+  });
 }
 
 // Many tokens: weights of a unit are decoded to bytes, as many k at a time as stay in the first-level cache
@@ -294,27 +287,22 @@ void many_tokens(IntegerCall& call) {
   const bool fives = call.fives();
   const auto decode = fives ? call.kernels.decode_t5 : call.kernels.decode_t2;
   const int64_t line_steps = fives ? 5 : 4, chunks = ceil_div(arguments.in_features, 4 * line_steps);
-  const int64_t most_chunks = kBlockSteps / line_steps, group_bytes = chunks * kLineBytes;
+  const int64_t most_chunks = kBlockSteps / line_steps;
   const Tiles tiles(arguments.tokens, call.kernels.tile_tokens);
   const TokenPanels panels(call.tokens, tiles, arguments.in_features, 4 * line_steps, most_chunks * line_steps);
   const auto work = [&](int64_t begin, int64_t end) {
-    UnitLines unpacked(arguments, call.packed, call.bad);
+    UnitLines lines(arguments, call.packed, call.bad, fives);
     UnitScales scales(1);
     Scratch<uint8_t> codes(2 * kBlockSteps * kLineBytes);
     Scratch<int32_t> acc(arguments.tokens * kUnitRows);
     for (int64_t unit = begin; unit < end; ++unit) {
       scales.load(arguments, call.gamma, call.bias, unit * kUnitRows, call.rows(unit));
-      const uint8_t* first = pointer<uint8_t>(call.packed) + 2 * unit * group_bytes;
-      const uint8_t* lines[2] = {first, call.rows(unit) > kGroupRows ? first + group_bytes : nullptr};
-      if (!fives) {
-        unpacked.load(2 * unit);
-        std::copy_n(unpacked.lines, 2, lines);
-      }
+      lines.load(2 * unit);
       std::memset(acc.get(), 0, size_t(arguments.tokens) * kUnitRows * sizeof(int32_t));
       for (int64_t c = 0; c < chunks; c += most_chunks) {
         const int64_t size = std::min(most_chunks, chunks - c), step = c * line_steps;
-        uint8_t* decoded[2] = {codes.get(), lines[1] ? codes.get() + kBlockSteps * kLineBytes : nullptr};
-        for (int g = 0; g < 2 && decoded[g] != nullptr; ++g) decode(lines[g] + c * kLineBytes, size, decoded[g]);
+        uint8_t* decoded[2] = {codes.get(), lines.lines[1] ? codes.get() + kBlockSteps * kLineBytes : nullptr};
+        for (int g = 0; g < 2 && decoded[g] != nullptr; ++g) decode(lines.lines[g] + c * kLineBytes, size, decoded[g]);
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           call.kernels.tile_codes(decoded[0], decoded[1], size * line_steps, panels.at(tile, step), tiles.size(tile),
                                   acc.get() + tiles.begin(tile) * kUnitRows);
