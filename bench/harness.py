@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -224,46 +223,24 @@ PROBE_BYTES = {"copy": 2, "clone": 2, "read": 1}  # times the size of the tensor
 EQUAL_WORK = ("peak", "stream")
 
 
-def shared_out(work: Callable[[int], object], threads: int) -> Callable[[object], None]:
-    """Runs ``work(0)`` to ``work(threads - 1)``, each in a thread of its own; the work must let go of Python's lock."""
-    if threads == 1:
-        return lambda _: work(0)
-    pool = ThreadPoolExecutor(threads)
-    return lambda _: list(pool.map(work, range(threads)))
-
-
-def _rest(threads: int) -> Callable[[], None]:
-    """To be called before a probe on threads of its own: those of OpenMP wait for work, spinning, for some milliseconds
-    (with two cores a read stream came out at 0.6 of itself)."""
-    return lambda: time.sleep(0.02 if threads > 1 else 0)
-
-
 def peak_probe(macs: int, threads: int) -> dict[str, Timed]:
     """ "peak": so many multiply-adds by the best 8-bit dot product of the level in use, from registers; nothing where
     that level has none."""
     native = pyops._lib.native
     if native.current_isa() == "baseline":
         return {}
-    return {"peak": Timed(shared_out(lambda _: native.dot_products(macs // threads), threads), _rest(threads))}
+    return {"peak": Timed(lambda _: native.dot_products(macs, threads))}
 
 
 def stream_probe(tensors: list[torch.Tensor], calls: int, threads: int) -> dict[str, Timed]:
     """ "stream": reads the next ``calls`` of the tensors, in turn, and does nothing with them."""
-    native = pyops._lib.native
     turn = itertools.cycle(tensors)
-    batch: list[tuple[int, int]] = []
-
-    def read(part: int) -> None:
-        for address, size in batch:
-            native.read_rate(address + part * size, size)
-
-    spread = shared_out(read, threads)
 
     def run(_) -> None:
-        batch[:] = [(tensor.data_ptr(), tensor.nbytes // threads) for tensor in itertools.islice(turn, calls)]
-        spread(None)
+        pieces = [(tensor.data_ptr(), tensor.nbytes) for tensor in itertools.islice(turn, calls)]
+        pyops._lib.native.read_memory(pieces, threads)
 
-    return {"stream": Timed(run, _rest(threads))}
+    return {"stream": Timed(run)}
 
 
 def machine_probes(threads: int) -> dict[str, float]:

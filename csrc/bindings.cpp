@@ -5,6 +5,9 @@
 // It links nothing of _ops.so: the level functions are looked up in the loaded library by _lib.py's handle.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
 
 #include "probes.h"
 
@@ -17,6 +20,7 @@ struct OpsLibrary {
   const char* (*detected_isa)();
   const char* (*current_isa)(char* error, int capacity);
   int (*force_isa)(const char* level);
+  void (*in_parallel)(int64_t parts, void (*work)(int64_t part, void* context), void* context);
 };
 
 OpsLibrary library{};
@@ -33,6 +37,7 @@ void attach(const std::string& path) {
   resolve(handle, "pyops_detected_isa", library.detected_isa);
   resolve(handle, "pyops_current_isa", library.current_isa);
   resolve(handle, "pyops_force_isa", library.force_isa);
+  resolve(handle, "pyops_in_parallel", library.in_parallel);
 }
 
 std::string current_isa() {
@@ -62,10 +67,28 @@ double dot_rate(double milliseconds) {
   return pyops::probes::dot_rate(dots, milliseconds);
 }
 
-int64_t dot_products(int64_t macs) {
+// work(part) for each part, by torch's threads.
+template <class Work>
+void in_parallel(int64_t parts, Work work) {
+  library.in_parallel(parts, [](int64_t part, void* context) { (*static_cast<Work*>(context))(part); }, &work);
+}
+
+int64_t dot_products(int64_t macs, int64_t threads) {
   const pyops::probes::Dots dots = pyops::probes::dots_of(current_isa());
   const py::gil_scoped_release released;
-  return pyops::probes::dot_products(dots, macs);
+  std::atomic<int64_t> done{0};
+  in_parallel(threads, [&](int64_t) { done += pyops::probes::dot_products(dots, macs / threads); });
+  return done;
+}
+
+void read_memory(const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int64_t threads) {
+  const py::gil_scoped_release released;
+  in_parallel(threads, [&](int64_t part) {
+    for (const auto& [address, bytes] : pieces) {
+      const int64_t share = bytes / threads;
+      pyops::probes::read_rate(reinterpret_cast<const void*>(address + uintptr_t(part * share)), share);
+    }
+  });
 }
 
 double read_rate(uintptr_t address, int64_t bytes) {
@@ -85,7 +108,10 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "dot_rate", &dot_rate, py::arg("milliseconds"),
       "Multiply-adds per second of one thread by the best 8-bit dot product of the level in use, from registers.");
-  module.def("dot_products", &dot_products, py::arg("macs"), "Takes at least so many of them; returns how many.");
+  module.def("dot_products", &dot_products, py::arg("macs"), py::arg("threads") = 1,
+             "Takes at least so many of them, shared out to threads of torch; returns how many.");
+  module.def("read_memory", &read_memory, py::arg("pieces"), py::arg("threads") = 1,
+             "Reads pieces of memory (address, bytes) in turn, each shared out to threads of torch.");
   module.def("read_rate", &read_rate, py::arg("address"), py::arg("bytes"),
              "Reads memory once; bytes per second of one thread.");
 }

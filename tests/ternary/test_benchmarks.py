@@ -45,11 +45,13 @@ def test_probes():
     native = _lib.native
     tensor = ternary._activations(64, 64, "float32")
     assert native.read_rate(tensor.data_ptr(), tensor.nbytes) > 0
+    native.read_memory([(tensor.data_ptr(), tensor.nbytes)] * 3, 2)
     try:
         for level in ("avx2", None):
             native.force_isa(level)
             if native.current_isa() != "baseline":
                 assert 10**6 <= native.dot_products(10**6) < 1.01 * 10**6
+                assert 10**6 <= native.dot_products(10**6, 2) < 1.01 * 10**6
                 assert native.dot_rate(2.0) > 1e9
         native.force_isa("baseline")
         with pytest.raises(RuntimeError, match="no probe of 8-bit dot products at level baseline"):
