@@ -85,6 +85,27 @@ def test_measures_of_a_large_weight(number, backend):
 # ---- rounding of weights -------------------------------------------------------------------------------------------
 
 
+def sampled_places(n: int) -> list[int]:
+    """Where the median of n weights on the CPU looks for its bracket: bracket() in quantize_weight.cpp."""
+    state, parts, places = 0x9E3779B97F4A7C15, 1 << 14, []
+    for part in range(parts):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        places.append(min(int((part + (state >> 11) * 2.0**-53) * (n / parts)), n - 1))
+    return places
+
+
+@pytest.mark.parametrize("sampled", ["larger", "smaller"])
+@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx512"], indirect=True)
+def test_median_where_the_sample_misleads(sampled, backend):
+    """All sampled weights on one side of the median: the bracket misses it, and the median is exact all the same."""
+    weight = torch.rand(512, 521, generator=torch.Generator().manual_seed(2))
+    others = torch.ones(weight.numel(), dtype=torch.bool)
+    others[sampled_places(weight.numel())] = False
+    assert (~others).sum() > 2**14 * 0.9, "the places are not those of the kernel"
+    weight.view(-1)[others if sampled == "smaller" else ~others] += 2
+    assert_gamma(weight, "absmedian", "tensor", sampled)
+
+
 @on_every_host_backend
 def test_ties_of_weights_round_to_even(backend):
     """Exactly half of gamma is 0, one ulp more is 1; 1.5 is 1 by the clip, as is anything above."""

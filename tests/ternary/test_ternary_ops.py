@@ -350,6 +350,27 @@ def test_gradients_by_closed_forms(granularity, dtype, backend):
         assert_accurate(ours[name], plain[name].to(ours[name].dtype), expected, name)
 
 
+@pytest.mark.parametrize("act_bits", [8, None])
+@pytest.mark.parametrize("backend", ["cpu:baseline", "cpu:avx2", "cpu:avx512"], indirect=True)
+def test_outputs_taller_than_one_task(act_bits, backend):
+    """Above 1,020 rows packed panels are used again; whole numbers make every sum exact."""
+    random = torch.Generator().manual_seed(5)
+
+    def integers(largest, *shape):
+        return torch.randint(-largest, largest + 1, shape, generator=random).float()
+
+    x, weight, grad = integers(126, 1024, 300), integers(1, 1100, 300), integers(3, 1024, 1100)
+    x[:, 17] = 127  # a step of 1
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = bitlinear(x, weight, scale=torch.ones(()), act_bits=act_bits)
+    y.backward(grad)
+    wide_x, wide_weight, wide_grad = (t.detach().double() for t in (x, weight, grad))
+    assert_same_bits(y.detach(), (wide_x @ wide_weight.T).float())
+    assert_same_bits(x.grad, (wide_grad @ wide_weight).float())
+    assert_same_bits(weight.grad, (wide_grad.T @ wide_x).float())
+
+
 @on_every_host_backend
 def test_clipped_activations_have_a_gradient(backend):
     """qmax 128 clips the largest to 127; the gradient passes through nevertheless."""

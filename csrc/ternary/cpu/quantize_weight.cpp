@@ -147,13 +147,13 @@ float effective_scale(float gamma, const ScaleOptions& options) {
   return options.add_eps ? gamma + options.eps : gamma < options.eps ? options.eps : gamma;
 }
 
-// gamma of one matrix (or row): the given one, or measured, then NaN if a weight is not finite.
+// gamma of one matrix (or row): the given one, or measured. The encoding, which sees all weights in any case, replaces
+// it by NaN if one is not finite.
 float measure(const Stretches& stretches, int64_t n, DType dtype, const float* given, const ScaleOptions& options) {
   const auto& kernels = PYOPS_SELECT(quantize_weight_kernels);
   if (given || n == 0) return effective_scale(given ? *given : 0.0f, options);
   if (options.use_median) return effective_scale(median(stretches, n, dtype, kernels), options);
-  const double average = mean(stretches, n, kernels.sum[int(dtype)]);
-  return isfinite(average) ? effective_scale(float(average), options) : kNaN;
+  return effective_scale(float(mean(stretches, n, kernels.sum[int(dtype)])), options);
 }
 
 std::tuple<Tensor, Tensor> ternary_quantize_weight_cpu(const Tensor& weight_in, const OptionalTensor& scale_in,
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> ternary_quantize_weight_cpu(const Tensor& weight_in, 
       }
     }
   });
-  if (!finite) {  // with a given scale this is the first that looks at all weights
+  if (!finite) {
     gammas[0] = kNaN;
     std::memset(codes, kZeroCodes, size_t(rows * row_bytes));
   }
