@@ -48,6 +48,11 @@ DEVICES = {
 }
 
 
+# The blocks that do not run leave their part of a workspace unwritten, and a kernel that merges the parts may branch on
+# what lies there: new memory is zero.
+ZEROED = {"GLIBC_TUNABLES": "glibc.malloc.perturb=255:glibc.malloc.tcache_count=0"}
+
+
 # ---- counting ----------------------------------------------------------------------------------------------
 
 
@@ -116,7 +121,7 @@ def count(sampled: int) -> dict:
 
 def take(sampled: int = SAMPLED) -> dict:
     """The counters of the working tree's check build."""
-    environment = os.environ | {"PYOPS_CUDA_EMU": "check", "PYOPS_BACKEND": "cuda"}
+    environment = os.environ | ZEROED | {"PYOPS_CUDA_EMU": "check", "PYOPS_BACKEND": "cuda"}
     command = [sys.executable, __file__, str(sampled)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
