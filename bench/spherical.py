@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from pyops._bench import spherical_linear
 from pyops._bench.harness import Case, DeviceCase, Prepared, Timed, available_threads, memory_probes
 from torch import Tensor
 
@@ -309,7 +310,8 @@ def cases() -> list[Case]:
     if available_threads() > 1:
         threads = available_threads()
         informing += [(op, what, *shape, threads) for shape in shapes for op in main for what in PASSES]
-    return [_gated_case(*chosen) for chosen in gated] + [case(*chosen) for chosen in informing]
+    known = [_gated_case(*chosen) for chosen in gated] + [case(*chosen) for chosen in informing]
+    return known + spherical_linear.cases()
 
 
 def custom_cases(ops: list[str], shape: tuple[int, int], dtype: str) -> list[Case]:

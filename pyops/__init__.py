@@ -20,6 +20,8 @@ if _load_error is None:
     from pyops._explain import explain
     from pyops.convert import convert, pack, revert
     from pyops.spherical.cross_entropy import cross_entropy
+    from pyops.spherical.linear_cross_entropy import linear_cross_entropy
+    from pyops.spherical.linear_loss import GramCache, spherical_linear_loss
     from pyops.spherical.spherical_loss import (
         mse_onehot_loss,
         spherical_softmax_loss,
@@ -30,14 +32,17 @@ if _load_error is None:
 
 __all__ = [
     "FormatError",
+    "GramCache",
     "bitlinear",
     "convert",
     "cross_entropy",
     "explain",
+    "linear_cross_entropy",
     "mse_onehot_loss",
     "nn",
     "pack",
     "revert",
+    "spherical_linear_loss",
     "spherical_softmax_loss",
     "taylor_softmax_loss",
     "ternary",

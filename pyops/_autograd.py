@@ -42,6 +42,10 @@ def refuse_transforms_under_compile(name: str) -> None:
         )
 
 
+#: Decorator of a function that ``torch.compile`` calls and does not trace: torch.compiler.disable, but for the import
+#: of the compiler (a second), which waits for the first call.
+outside_graph = getattr(torch._compile, "_disable_dynamo", torch.compiler.disable)
+
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
 
 

@@ -29,12 +29,21 @@ def _logits_target(op: str, logits: Tensor, target: Tensor) -> int:
         reject(op, "logits", "have shape [rows, classes]", shape_name(logits))
     strided(op, "target", target)
     device(op, "target", target, logits, "logits")
+    return target_shape(op, target, logits.shape[0])
+
+
+def target_shape(op: str, target: Tensor, rows: int) -> int:
+    """Dtype and shape; returns the number of targets per row."""
     if target.dtype not in (torch.int64, torch.int32):
         reject(op, "target", "be int64 or int32", dtype_name(target.dtype))
-    rows = logits.shape[0]
     if target.dim() not in (1, 2) or target.shape[0] != rows:
         reject(op, "target", f"have shape [{rows}] or [{rows}, targets per row]", shape_name(target))
     return target.shape[1] if target.dim() == 2 else 1
+
+
+def target_weights(op: str, target_weight: Tensor, target: Tensor) -> None:
+    if target_weight.shape != target.shape:
+        reject(op, "target_weight", f"have the shape of target, {shape_name(target)}", shape_name(target_weight))
 
 
 def _weight(op: str, argument: str, weight: Tensor, logits: Tensor) -> None:
@@ -55,8 +64,7 @@ def forward(op, logits, target, target_weight, weight, label_smoothing, reductio
     targets = _logits_target(op, logits, target)
     if target_weight is not None:
         _weight(op, "target_weight", target_weight, logits)
-        if target_weight.shape != target.shape:
-            reject(op, "target_weight", f"have the shape of target, {shape_name(target)}", shape_name(target_weight))
+        target_weights(op, target_weight, target)
     if weight is not None:
         class_weight(op, weight, logits)
     if not 0 <= label_smoothing <= 1:

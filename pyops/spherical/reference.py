@@ -7,6 +7,8 @@ backend of last resort.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,78 @@ def _rows(logits, target, target_weight, weight, ignore_index):
     ignored = (own == 0).all(1)
     logits = torch.where(ignored.unsqueeze(1), torch.zeros_like(logits), logits)
     return logits, logits.gather(1, index), own, omega, row_weight, ignored
+
+
+class RowPartials(NamedTuple):
+    """A row's loss and the numbers of csrc/spherical/spherical_loss_formula.h, each m x 1 but the last, m x K."""
+
+    loss: Tensor  # m
+    inverse_scale: Tensor
+    slope: Tensor
+    shift: Tensor
+    smooth: Tensor
+    target_gradient: Tensor
+
+
+def row_partials(
+    loss: str,
+    a: float,
+    b: float,
+    eps: float,
+    label_smoothing: float,
+    classes: int,
+    mean: Tensor,
+    squares: Tensor,
+    log_sum: Tensor,
+    chosen: Tensor,
+    omega: Tensor,
+) -> RowPartials:
+    """From a row's mean, sum of (o - mean)^2, sum of log n(o) (for a smoothed softmax) and target logits, float64.
+
+    ``d loss / d o_k = slope * ((o_k - center) * inverse_scale) + shift + smooth * smooth_term(o_k)``, plus the target
+    gradients at the targets; the centre is the mean for "z" and 0 otherwise."""
+    keep = 1 - label_smoothing
+    sum_of_squares = torch.where(squares.isposinf(), squares, squares + classes * mean.square())
+    scale, smooth = torch.ones_like(mean), torch.zeros_like(mean)
+    if loss == "z":
+        sigma = (squares / classes + eps).sqrt()
+        scale = torch.where((sigma == 0) | (classes == 1), torch.zeros_like(sigma), 1 / sigma)
+        z = (chosen - mean) * scale
+        u = a * (b - keep * z)
+        rho = omega * keep * torch.sigmoid(u)
+        terms = omega * torch.logaddexp(u, torch.zeros_like(u)) / a
+        slope = (rho * z).sum(1, keepdim=True) * scale / classes
+        shift = rho.sum(1, keepdim=True) * scale / classes
+        target_gradient = -rho * scale
+        if classes == 2:  # z^2 = v / (v + eps): what is left of the gradient is eps / (v + eps), without cancellation
+            target_gradient = target_gradient * (eps * scale.square())
+            slope, shift = torch.zeros_like(slope), -0.5 * target_gradient.sum(1, keepdim=True)
+    elif loss == "mse_onehot":
+        constant = keep * keep + (2 * keep + label_smoothing) * label_smoothing / classes
+        cross = 2 * (keep * chosen + label_smoothing * mean)
+        terms = omega * (sum_of_squares - cross.where(sum_of_squares.isfinite(), 0) + constant)
+        slope = 2 * omega.sum(1, keepdim=True)
+        shift = -slope * label_smoothing / classes
+        target_gradient = -2 * omega * keep
+    else:
+        taylor = loss == "taylor_softmax"
+        total = classes * (1 + mean + 0.5 * mean.square()) + 0.5 * squares if taylor else sum_of_squares + classes * eps
+        n = 1 + chosen + 0.5 * chosen.square() if taylor else chosen.square() + eps
+        terms = omega * (total.log() - keep * n.log() - label_smoothing / classes * log_sum)
+        weights = omega.sum(1, keepdim=True)
+        # At the largest logits slope = 1/total is below float32, although slope * o is not.
+        huge = (sum_of_squares > 1e30 * classes) & sum_of_squares.isfinite()
+        scale = torch.where(huge, torch.exp2(-(0.5 * (sum_of_squares / classes).log2()).floor()), scale)
+        slope = weights / total * (1 if taylor else 2) / scale
+        shift = weights / total if taylor else torch.zeros_like(total)
+        smooth = -weights * label_smoothing / classes
+        target_gradient = -omega * keep * (1 + chosen if taylor else 2 * chosen) / n
+        if classes == 1:  # the probability is 1 whatever the logit
+            slope, shift, smooth = (torch.zeros_like(slope) for _ in range(3))
+            target_gradient = torch.zeros_like(target_gradient)
+    rows = torch.where(omega == 0, torch.zeros_like(terms), terms).sum(1)
+    target_gradient = torch.where(omega == 0, torch.zeros_like(omega), target_gradient)
+    return RowPartials(rows, scale, slope, shift, smooth, target_gradient)
 
 
 def spherical_loss(

@@ -56,52 +56,16 @@ def spherical_loss(
     _checks.spherical_options(name, a, b, eps)
     _checks.forward(name, logits, target, target_weight, weight, label_smoothing, reduction, out_dtype)
     o, index, _own, omega, row_weight, ignored = _prepare(name, logits, target, target_weight, weight, ignore_index)
-    classes, keep = o.shape[1], 1 - label_smoothing
-    chosen = o.gather(1, index)
     mean = o.mean(1, keepdim=True)
     squares = torch.where(mean.isfinite(), o - mean, o).square().sum(1, keepdim=True)
-    sum_of_squares = torch.where(squares.isposinf(), squares, squares + classes * mean.square())
-    scale, smooth, log_sum = torch.ones_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
-    if loss == "z":
-        sigma = (squares / classes + eps).sqrt()
-        scale = torch.where((sigma == 0) | (classes == 1), torch.zeros_like(sigma), 1 / sigma)
-        z = (chosen - mean) * scale
-        u = a * (b - keep * z)
-        rho = omega * keep * torch.sigmoid(u)
-        terms = omega * torch.logaddexp(u, torch.zeros_like(u)) / a
-        slope = (rho * z).sum(1, keepdim=True) * scale / classes
-        shift = rho.sum(1, keepdim=True) * scale / classes
-        target_gradient = -rho * scale
-        if classes == 2:  # z^2 = v / (v + eps): what is left of the gradient is eps / (v + eps), without cancellation
-            target_gradient = target_gradient * (eps * scale.square())
-            slope, shift = torch.zeros_like(slope), -0.5 * target_gradient.sum(1, keepdim=True)
-    elif loss == "mse_onehot":
-        constant = keep * keep + (2 * keep + label_smoothing) * label_smoothing / classes
-        cross = 2 * (keep * chosen + label_smoothing * mean)
-        terms = omega * (sum_of_squares - cross.where(sum_of_squares.isfinite(), 0) + constant)
-        slope = 2 * omega.sum(1, keepdim=True)
-        shift = -slope * label_smoothing / classes
-        target_gradient = -2 * omega * keep
-    else:
-        taylor = loss == "taylor_softmax"
-        total = classes * (1 + mean + 0.5 * mean.square()) + 0.5 * squares if taylor else sum_of_squares + classes * eps
-        n = 1 + chosen + 0.5 * chosen.square() if taylor else chosen.square() + eps
-        if label_smoothing:
-            log_sum = (1 + o + 0.5 * o.square() if taylor else o.square() + eps).log().sum(1, keepdim=True)
-        terms = omega * (total.log() - keep * n.log() - label_smoothing / classes * log_sum)
-        weights = omega.sum(1, keepdim=True)
-        # At the largest logits slope = 1/total is below float32, although slope * o is not.
-        huge = (sum_of_squares > 1e30 * classes) & sum_of_squares.isfinite()
-        scale = torch.where(huge, torch.exp2(-(0.5 * (sum_of_squares / classes).log2()).floor()), scale)
-        slope = weights / total * (1 if taylor else 2) / scale
-        shift = weights / total if taylor else torch.zeros_like(total)
-        smooth = -weights * label_smoothing / classes
-        target_gradient = -omega * keep * (1 + chosen if taylor else 2 * chosen) / n
-        if classes == 1:  # the probability is 1 whatever the logit
-            slope, shift, smooth = (torch.zeros_like(slope) for _ in range(3))
-            target_gradient = torch.zeros_like(target_gradient)
-    rows = torch.where(omega == 0, torch.zeros_like(terms), terms).sum(1)
-    target_gradient = torch.where(omega == 0, torch.zeros_like(omega), target_gradient)
+    log_sum = torch.zeros_like(mean)
+    if label_smoothing and loss in ("taylor_softmax", "spherical_softmax"):
+        n = 1 + o + 0.5 * o.square() if loss == "taylor_softmax" else o.square() + eps
+        log_sum = n.log().sum(1, keepdim=True)
+    row = reference.row_partials(
+        loss, a, b, eps, label_smoothing, o.shape[1], mean, squares, log_sum, o.gather(1, index), omega
+    )
+    rows, scale, slope, shift, smooth, target_gradient = row
     wide = accumulation_dtype(logits.dtype)
     center = torch.zeros_like(mean)
     if loss == "z":  # what rounding the mean loses goes into the shift
