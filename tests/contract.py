@@ -979,7 +979,7 @@ def test_written_argument_must_not_overlap_itself(writing_op):
         for label, view in (
             ("expanded", torch.zeros(shape[1:]).expand(shape)),
             ("overlapping", torch.zeros(shape.numel()).as_strided(shape, [1] * len(shape))),
-        ):
+        )[: len(shape)]:  # a vector with a stride does not overlap
             kind, text = error_of(lambda view=view, name=name: op(fresh(arguments, **{name: view})))
             assert kind is RuntimeError, label
             assert text.startswith(f"pyops::{op.public_name(arguments)}: {name} must "), text
@@ -1642,7 +1642,7 @@ def opcheck_samples(op: Op) -> Iterator[tuple[str, dict[str, Any]]]:
             arguments = op.make(variant)
             if arguments[name] is not None:
                 yield f"{variant}, gradient of {name}", arguments | {name: arguments[name].requires_grad_()}
-    for dtype in (op.widest, torch.bfloat16):
+    for dtype in {op.widest, torch.bfloat16} & {*op.dtypes}:
         yield f"{dtype}", op.make(op.full, dtype)
     arguments = op.make(op.full)
     for name in op.tensors:

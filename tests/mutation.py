@@ -32,10 +32,11 @@ TESTS = {
         ["tests/contract.py", "-k", "triton-interpreted and not fuzz"],
         ["tests/spherical/test_triton_kernels.py"],
     ),
+    "factored": (["tests/spherical/test_factored_ops.py"], ["tests/spherical/test_factored_linear.py"]),
     "ternary": (["tests/ternary", "-k", "not triton"], ["tests/contract.py", "-k", "linear or ternary"]),
     "ternary-python": (["tests/ternary", "-k", "not triton"], ["tests/contract.py", "-k", "linear or ternary"]),
 }
-COMPILED = ("cpp", "emulated", "ternary")
+COMPILED = ("cpp", "factored", "emulated", "ternary")
 
 
 class Mutant(NamedTuple):
@@ -158,10 +159,10 @@ PYTHON = [
     Mutant(FACTORED, "Z.sub(y.unsqueeze(1) * (wbar / classes))", "Z.sub(0)"),
     Mutant(FACTORED, "(h @ omega - mean) + shift", "(h @ omega) + shift"),
     Mutant(FACTORED, "if not shift_invariant:", "if True:"),
-    Mutant(FACTORED, "rate * (sums @ U_inv)", "lr * (sums @ U_inv)"),
+    Mutant(FACTORED, "rate * (changes.sums @ U_inv)", "keep * rate * (changes.sums @ U_inv)"),
     Mutant(FACTORED, "(C, keep * keep)", "(C, keep)"),
     Mutant(FACTORED, "U.sub_(U @ S, alpha=rate)", "U.copy_(U @ factor)"),
-    Mutant(FACTORED, "keep * (block.to(U.dtype) @ factor - rate * common)", "block.to(U.dtype) @ factor - rate * common"),
+    Mutant(FACTORED, "keep * (block.to(U.dtype) @ factor - rate * changes.common)", "block.to(U.dtype) @ factor - rate * changes.common"),
     Mutant(FACTORED, "(values[outside] - 1)", "values[outside]"),
     Mutant(FACTORED, "values = torch.where(outside, torch.ones_like(values), values)", "pass"),
     Mutant(FACTORED, "row.shift + beta * mean", "row.shift"),
@@ -170,16 +171,63 @@ PYTHON = [
     Mutant(LINEAR_LOSS, "(begin * block.shape[0] / total)", "(block.shape[0] / total)"),
     Mutant(LINEAR_LOSS, "classes[first:last] - begin", "classes[first:last] * 0"),
     Mutant(FACTORED_LAYER, "if ctx.versions != _versions(state):", "if False:"),
-    Mutant(FACTORED_LAYER, "if outcome == \"skipped\":", "if False:"),
+    Mutant(FACTORED_LAYER, "if outcome == ops.SKIPPED:", "if False:"),
     Mutant(FACTORED_LAYER, "indices.gather(1, best.indices)", "best.indices"),
-    Mutant(FACTORED_LAYER, "_times(scaled, torch.full_like(scale, 1 / layer.grad_scale))", "scaled"),
-    Mutant(FACTORED_LAYER, "batch.Z / layer.grad_scale", "batch.Z"),
+    Mutant(FACTORED_LAYER, "lr / (keep * self.grad_scale)", "lr / keep"),
+    Mutant(FACTORED_LAYER, "lr / (keep * self.grad_scale)", "lr / self.grad_scale"),
     Mutant(FACTORED_LAYER, "condition <= _GOOD_CONDITION and 0.5 <= size <= 2", "condition <= _GOOD_CONDITION"),
     Mutant("pyops/spherical/reference.py", "classes.sum(1) / counts.sum(1).clamp(min=1)", "classes.sum(1)"),
     Mutant("pyops/spherical/spherical_loss.py", "if inplace_backward and args[0].is_leaf:", "if False:"),
     Mutant("pyops/spherical/spherical_loss.py", "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph"),
     Mutant("pyops/spherical/spherical_loss.py", "    if transform_level_active():", "    if False:"),
     Mutant("pyops/spherical/_options.py", "out_dtype = torch.float32", "out_dtype = None"),
+]  # fmt: skip
+
+GEMM, GEMM_KERNEL = "csrc/common/cpu/gemm.cpp", "csrc/common/cpu/gemm_kernel.cpp"
+STEP, STEP_FRONT = f"{CPU}/factored_product.cpp", f"{CPU}/factored_linear.cpp"
+ROWS_KERNEL = f"{CPU}/factored_linear_kernel.cpp"
+FACTORED_CPP = [
+    Mutant(GEMM, "options.accumulate || k0 > 0", "options.accumulate"),
+    Mutant(GEMM, "options.depth_scale + k0", "options.depth_scale"),
+    Mutant(GEMM, "if (options.lower && column > row + count - 1) continue;", "if (options.lower && column > row) continue;"),
+    Mutant(GEMM, "std::min(tile_columns, n1 - first)", "std::min(tile_columns, columns - first)"),
+    Mutant(GEMM, "std::swap_ranges(row, row + k, other);", ""),
+    Mutant(GEMM, "std::swap_ranges(row + next, row + size, other + next);", ""),
+    Mutant(GEMM, "pivots[i] += k;", ""),
+    Mutant(GEMM, "kernel.solve_upper(factors + k * stride + k,", "kernel.solve_upper(factors + k * stride,"),
+    Mutant(GEMM_KERNEL, "if (scale) square[i] *= factor;", ""),
+    Mutant(GEMM_KERNEL, "first + i < count ?", "true ?"),
+    Mutant(GEMM_KERNEL, "if (size > largest) {", "if (largest < 0) {"),
+    Mutant(GEMM_KERNEL, "c[r * stride + j] = accumulate ? c[r * stride + j] + value : value;", "c[r * stride + j] = value;"),
+    Mutant(ROWS_KERNEL, "out[i] = (out[i] + x[i] * factor) * keep;", "out[i] = out[i] + x[i] * factor;"),
+    Mutant(ROWS_KERNEL, "add(squares, value * value);", ""),
+    Mutant(ROWS_KERNEL, "sum += x[i] * Real(0);", ""),
+    Mutant(STEP, "sums.shift + out[kBeta] * moments.mean", "sums.shift"),
+    Mutant(STEP, "const double offset = kernel.dot(h, state.omega, d)", "const double offset = 0"),
+    Mutant(STEP, "Real(sum) * state.omega[k]", "Real(0)"),
+    Mutant(STEP, "Real(p[kFactoredShift])", "Real(0)"),
+    Mutant(STEP, "(kernel_.dot(h, state_.omega, d_) - mean)", "kernel_.dot(h, state_.omega, d_)"),
+    Mutant(STEP, "classes * shift + y", "classes * shift"),
+    Mutant(STEP, "-y_[row] * share * yH_[k]", "Real(0)"),
+    Mutant(STEP, "sum_of_rows(segment, H_);", "std::fill(sum_, sum_ + d_, Real(0));"),
+    Mutant(STEP, "Real(-double(y_[row]) / double(state_.classes))", "Real(0)"),
+    Mutant(STEP, "centred_row(row, Real(0.5), T_)", "centred_row(row, Real(1), T_)"),
+    Mutant(STEP, "F[i * m_ + j] * beta_[j] + F[j * m_ + i] * beta_[i]", "F[i * m_ + j] * beta_[j] * 2"),
+    Mutant(STEP, "add(rows_ + row * d_, -rate_ / 2, T_ + row * d_);", ""),
+    Mutant(STEP, "*= -rate_ * beta_[j]", "*= -rate_ * beta_[i]"),
+    Mutant(STEP, "kernel_.combine(CS, Real(0.5), L,", "kernel_.combine(CS, Real(1), L,"),
+    Mutant(STEP, "H(), A_, {.alpha = -rate_ / 2, .accumulate = true});", "H(), A_, {.alpha = -rate_, .accumulate = true});"),
+    Mutant(STEP, "if (!(pivots.smallest > kSmallestPivotRatio * std::max(pivots.largest, 1.0)))", "if (false)"),
+    Mutant(STEP, "&& pivots.largest == pivots.largest)", ")"),
+    Mutant(STEP, "* (keep_ * keep_);", "* keep_;"),
+    Mutant(STEP, "1 / keep_, state_.U_inv", "keep_, state_.U_inv"),
+    Mutant(STEP, "shift_invariant ? Real(0) : -rate_", "-rate_"),
+    Mutant(STEP, "entries[i].c != entries[i - 1].c", "true"),
+    Mutant(STEP, "squares < 0 ? 0 : squares", "squares"),
+    Mutant(STEP_FRONT, "if (targets.ignored(row)) {", "if (false) {"),
+    Mutant(STEP_FRONT, "features[row * d + own] = Real(bias_scale);", "features[row * d + own] = Real(1);"),
+    Mutant(STEP_FRONT, "counts ? upstream[size_t(row)] / divisor : 0", "upstream[size_t(row)] / divisor"),
+    Mutant(STEP_FRONT, "written->give_back();", "(void)written;"),
 ]  # fmt: skip
 
 INTEGERS = "csrc/ternary/cpu/integer_product_kernel.cpp"
@@ -278,6 +326,7 @@ def triton_mutants() -> list[Mutant]:
 def all_mutants() -> dict[str, list[Mutant]]:
     return {
         "cpp": CPP,
+        "factored": FACTORED_CPP,
         "emulated": EMULATED,
         "python": PYTHON,
         "triton": triton_mutants(),

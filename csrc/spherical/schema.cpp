@@ -25,4 +25,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PYOPS_LIBRARY, m) {
   m.def(
       "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor target, Tensor? weight, "
       "Tensor statistics, Tensor normalizer) -> ()");
+  // The factored layer W = V U + 1 omega^T: `partials` are beta, shift and the target gradients of each row
+  // (factored_product.h, float64), H the features in the state's dtype with the constant of the bias, HC = H C and
+  // P = H U^T. `outcome` holds 0 (factored), 1 (singular: nothing was changed) or 2 (not finite: nothing was changed),
+  // and the Frobenius norms of U and U_inv. A bias_scale of 0 means no bias.
+  m.def(
+      "factored_linear(Tensor h, Tensor target, Tensor? target_weight, Tensor? weight, Tensor V, Tensor U, "
+      "Tensor omega, Tensor wbar, Tensor C, float bias_scale, int loss, float a, float b, float eps, "
+      "float label_smoothing, int ignore_index, int reduction, bool safe_mean) -> (Tensor loss, Tensor partials, "
+      "Tensor normalizer, Tensor H, Tensor HC, Tensor P)");
+  m.def(
+      "factored_linear_gradient(Tensor grad_loss, Tensor target, Tensor partials, Tensor normalizer, Tensor HC, "
+      "Tensor V, Tensor U, Tensor omega, Tensor wbar) -> (Tensor grad_H, Tensor Z, Tensor scaled_partials)");
+  m.def(
+      "factored_linear_step_(Tensor(a!) V, Tensor(b!) U, Tensor(c!) U_inv, Tensor(d!) omega, Tensor(e!) wbar, "
+      "Tensor(f!) C, Tensor target, Tensor partials, Tensor H, Tensor HC, Tensor P, Tensor Z, float rate, "
+      "float keep, bool shift_invariant) -> Tensor outcome");
 }

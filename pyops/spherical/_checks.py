@@ -120,3 +120,113 @@ def spherical_options(op: str, a: float, b: float, eps: float) -> None:
         reject(op, "b", "be a number", f"{b:g}")
     if not eps >= 0:
         reject(op, "eps", "be at least 0", f"{eps:g}")
+
+
+# ---- the factored layer: csrc/spherical/factored_arguments.cpp -------------------------------------------------------
+
+
+def _real(op: str, argument: str, tensor: Tensor) -> None:
+    strided(op, argument, tensor)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        reject(op, argument, "be float32 or float64", dtype_name(tensor.dtype))
+
+
+def factored(op: str, V: Tensor, U: Tensor, target: Tensor) -> tuple[int, int, int]:
+    """Returns (rows, targets per row, features)."""
+    _real(op, "U", U)
+    _real(op, "V", V)
+    if U.dim() != 2 or U.shape[0] != U.shape[1]:
+        reject(op, "U", "be square", shape_name(U))
+    features = U.shape[0]
+    if V.dim() != 2 or V.shape[1] != features:
+        reject(op, "V", f"have shape [classes, {features}]", shape_name(V))
+    device(op, "V", V, U, "U")
+    strided(op, "target", target)
+    device(op, "target", target, U, "U")
+    if target.dtype not in (torch.int64, torch.int32):
+        reject(op, "target", "be int64 or int32", dtype_name(target.dtype))
+    if target.dim() not in (1, 2):
+        reject(op, "target", "have shape [rows] or [rows, targets per row]", shape_name(target))
+    return target.shape[0], target.shape[1] if target.dim() == 2 else 1, features
+
+
+def factored_features(op: str, h: Tensor, U: Tensor, rows: int, features: int) -> None:
+    strided(op, "h", h)
+    _floating(op, "h", h)
+    device(op, "h", h, U, "U")
+    if tuple(h.shape) != (rows, features):
+        reject(op, "h", f"have shape [{rows}, {features}]", shape_name(h))
+
+
+def factored_state(op: str, argument: str, tensor: Tensor, U: Tensor, dimensions: int) -> None:
+    strided(op, argument, tensor)
+    device(op, argument, tensor, U, "U")
+    if tensor.dtype != U.dtype:
+        reject(op, argument, f"be {dtype_name(U.dtype)} like U", dtype_name(tensor.dtype))
+    shape = [U.shape[0]] * dimensions
+    if list(tensor.shape) != shape:
+        reject(op, argument, f"have shape {shape}", shape_name(tensor))
+
+
+def factored_distinct(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.numel() <= 1:
+        return
+    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach = 0
+    for stride, size in steps:
+        if stride <= reach:
+            reject(op, argument, "not overlap in memory, as it is written", f"strides {list(tensor.stride())}")
+        reach += (size - 1) * stride
+
+
+def factored_rows(op: str, argument: str, tensor: Tensor, rows: int, columns: int, dtype, U: Tensor) -> None:
+    strided(op, argument, tensor)
+    device(op, argument, tensor, U, "U")
+    if tensor.dtype != dtype:
+        reject(op, argument, f"be {dtype_name(dtype)}", dtype_name(tensor.dtype))
+    if tuple(tensor.shape) != (rows, columns):
+        reject(op, argument, f"have shape [{rows}, {columns}]", shape_name(tensor))
+
+
+def factored_weight(op: str, argument: str, weight: Tensor, U: Tensor) -> None:
+    strided(op, argument, weight)
+    device(op, argument, weight, U, "U")
+    if weight.dtype != U.dtype:
+        reject(op, argument, f"be {dtype_name(U.dtype)} like U", dtype_name(weight.dtype))
+
+
+def factored_class_weight(op: str, weight: Tensor, V: Tensor, U: Tensor) -> None:
+    factored_weight(op, "weight", weight, U)
+    if tuple(weight.shape) != (V.shape[0],):
+        reject(op, "weight", f"have shape [{V.shape[0]}]", shape_name(weight))
+
+
+def factored_smoothing(op: str, loss: int, label_smoothing: float, reduction: int) -> None:
+    if label_smoothing and SPHERICAL_LOSSES[loss] in ("taylor_softmax", "spherical_softmax"):
+        reject(op, "label_smoothing", "be 0 for this loss, which would need all logits", f"{label_smoothing:g}")
+    if not 0 <= label_smoothing <= 1:
+        reject(op, "label_smoothing", "be in [0, 1]", f"{label_smoothing:g}")
+    if not 0 <= reduction <= 2:
+        reject(op, "reduction", "be 0 (none), 1 (mean) or 2 (sum)", reduction)
+
+
+def factored_upstream(op: str, grad_loss: Tensor, rows: int, U: Tensor) -> None:
+    strided(op, "grad_loss", grad_loss)
+    device(op, "grad_loss", grad_loss, U, "U")
+    _floating(op, "grad_loss", grad_loss)
+    if grad_loss.dim() != 0 and tuple(grad_loss.shape) != (rows,):
+        reject(op, "grad_loss", f"have shape [] or [{rows}]", shape_name(grad_loss))
+
+
+def factored_normalizer(op: str, normalizer: Tensor, U: Tensor) -> None:
+    strided(op, "normalizer", normalizer)
+    device(op, "normalizer", normalizer, U, "U")
+    if normalizer.dtype != torch.float64 or normalizer.numel() != 1:
+        reject(op, "normalizer", "be one float64 number", f"{dtype_name(normalizer.dtype)} {shape_name(normalizer)}")
+
+
+def factored_rate(op: str, rate: float, keep: float) -> None:
+    if not 0 <= rate < float("inf"):
+        reject(op, "rate", "be finite and at least 0", f"{rate:g}")
+    if not 0 < keep <= 1:
+        reject(op, "keep", "be in (0, 1]", f"{keep:g}")

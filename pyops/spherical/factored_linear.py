@@ -9,16 +9,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pyops import _packed_state
-from pyops._autograd import outside_graph, reject, transform_level_active
+from pyops import _dispatch, _packed_state
+from pyops._autograd import below_autograd, outside_graph, reject, transform_level_active
 from pyops._checks import FormatError, dtype_name, shape_name
+from pyops.spherical import factored_ops as ops
 from pyops.spherical import factored_reference as factored
 from pyops.spherical import reference
 from pyops.spherical._linear_options import TAKES, check_kinds, check_targets, loss_options
-from pyops.spherical._options import AT_LEAST_0, POSITIVE, reject_options
-from pyops.spherical.factored_reference import MicroBatch, Partials, State
+from pyops.spherical._options import AT_LEAST_0, POSITIVE, reduction_code, reject_options
+from pyops.spherical.factored_reference import MicroBatch, State
+
+_op = torch.ops.pyops.factored_linear.default
+_op_gradient = torch.ops.pyops.factored_linear_gradient.default
+_op_step = torch.ops.pyops.factored_linear_step_.default
 
 _OP = "FactoredSphericalLinear"
+_LOSS_CODES = {name: code for code, name in enumerate(TAKES)}
 _STATE = ("V", "U", "U_inv", "omega", "wbar", "C")
 _HEADER = "V_header"
 #: How far the condition of U may go. The error of a step grows with its square: at 300 five classes were followed to
@@ -352,24 +358,29 @@ class FactoredSphericalLinear(nn.Module):
 
     @torch.no_grad()
     def _step(self, batch: MicroBatch) -> None:
-        options = float(self.lr), self.weight_decay, self.options.loss == "z"
-        with torch.autocast(batch.h.device.type, enabled=False):
-            outcome = factored.step(self._state(), batch, *options)
-            if outcome == "skipped":
-                self._count("skipped_steps")
-                return
-            self._count("steps", "since_upkeep")
-            if outcome == "singular":
-                self._count("singular_steps")
-                self.counters[_COUNTERS.index("since_upkeep")] = 0
-            else:
-                self._look_after(batch.h.shape[0])
+        lr = float(self.lr)
+        keep = 1 - lr * self.weight_decay
+        options = lr / (keep * self.grad_scale), keep, self.options.loss == "z"
+        outcome, norm, inverse_norm = _op_step(*self._state(), *batch, *options).tolist()
+        if outcome == ops.SKIPPED:
+            self._count("skipped_steps")
+            return
+        self._count("steps", "since_upkeep")
+        if outcome == ops.SINGULAR:
+            with torch.autocast(batch.h.device.type, enabled=False):
+                factored.dense_step(self._state(), batch, *options)
+            self._count("singular_steps")
+            self.counters[_COUNTERS.index("since_upkeep")] = 0
+        else:
+            self._look_after(batch.h.shape[0], norm, inverse_norm)
 
-    def _look_after(self, rows: int) -> None:
-        """Upkeep of U when it is due: at once by its condition, by the number of steps where there is some to do."""
-        condition, size = factored.condition(self._state())
-        worst = _WORST_CONDITION[self.U.dtype]
-        if not condition > worst:
+    def _look_after(self, rows: int, norm: float, inverse_norm: float) -> None:
+        """Upkeep of U when it is due: at once by its condition, by the number of steps where there is some to do.
+        The two Frobenius norms bound the condition; for a multiple of an orthogonal matrix it is 1, the multiple
+        ``size``."""
+        features = max(self.U.shape[0], 1)
+        condition, size = norm * inverse_norm / features, norm / math.sqrt(features)
+        if not condition > _WORST_CONDITION[self.U.dtype]:
             if int(self.counters[_COUNTERS.index("since_upkeep")]) < self._period(rows):
                 return
             if condition <= _GOOD_CONDITION and 0.5 <= size <= 2:
@@ -472,49 +483,41 @@ def _loss(layer: FactoredSphericalLinear, h: Tensor, target: Tensor, target_weig
 class _FactoredLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, anchor, layer, target, target_weight):
-        with torch.autocast(h.device.type, enabled=False):
-            state, wide = layer._state(), layer._wide(h)
-            targets = factored.targets_of(target, target_weight, layer.weight, layer.options.ignore_index, wide.dtype)
-            loss, normalizer, partials = factored.forward(state, wide, targets, layer.options)
+        state, dtype = layer._state(), layer.U.dtype
+        loss, a, b, eps, smoothing, ignore_index, reduction, safe_mean = layer.options
+        with below_autograd():
+            value, *saved = _op(
+                h, target, None if target_weight is None else target_weight.to(dtype),
+                layer.weight, state.V, state.U, state.omega, state.wbar, state.C, layer.bias_scale or 0.0,
+                _LOSS_CODES[loss], a, b, eps, smoothing, ignore_index, reduction_code(_OP, reduction), safe_mean,
+            )  # fmt: skip
         ctx.layer, ctx.updates = layer, layer.training
-        ctx.versions = _versions(state)
-        ctx.save_for_backward(h, target, target_weight, normalizer, targets.index, *partials)
-        return loss.to(reference.accumulation_dtype(h.dtype))
+        ctx.versions, ctx.backend = _versions(state), _dispatch.snapshot()
+        ctx.save_for_backward(h, target, target_weight, *saved)
+        return value
 
     @staticmethod
     def backward(ctx, grad_loss):
         layer, state = ctx.layer, ctx.layer._state()
         if ctx.versions != _versions(state):
             raise RuntimeError(_STATE_CHANGED)
-        h, target, target_weight, normalizer, index, *rows = ctx.saved_tensors
+        h, target, target_weight, partials, normalizer, H, HC, P = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself as differentiable code
             loss = _composite(layer, h, target, target_weight)
             return torch.autograd.grad(loss, h, grad_loss, create_graph=True)[0], None, None, None, None
-        partials = Partials(*rows)
-        with torch.autocast(h.device.type, enabled=False):
-            scale = (grad_loss.to(normalizer.dtype) / normalizer).expand(h.shape[0])
-            counts = (partials.target_gradient != 0).any(1) | (partials.beta != 0) | (partials.shift != 0)
-            wide = layer._wide(torch.where(counts.unsqueeze(1), h, torch.zeros_like(h)))
-            scaled = _times(partials, torch.where(counts, scale, torch.zeros_like(scale)))
-            batch = MicroBatch(wide, index, scaled, factored.target_part(state, index, scaled))
-            grad = None
-            if ctx.needs_input_grad[0]:
-                grad = factored.input_gradient(state, batch)[:, : layer.in_features].to(h.dtype)
+        with _dispatch.restored(ctx.backend):
+            grad, Z, scaled = _op_gradient(
+                grad_loss, target, partials, normalizer, HC, state.V, state.U, state.omega, state.wbar
+            )
             if ctx.updates:
-                if layer.grad_scale != 1:
-                    own = _times(scaled, torch.full_like(scale, 1 / layer.grad_scale))
-                    batch = batch._replace(partials=own, Z=batch.Z / layer.grad_scale)
-                layer._add(batch)
-        return grad, None, None, None, None
+                layer._add(MicroBatch(target, scaled, H, HC, P, Z))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return grad[:, : layer.in_features].to(h.dtype), None, None, None, None
 
 
 def _versions(state: State) -> tuple[int, ...]:
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in state)
-
-
-def _times(partials: Partials, scale: Tensor) -> Partials:
-    beta, shift, g = partials
-    return Partials(beta * scale, shift * scale, g * scale.unsqueeze(1))
 
 
 class LRHook:

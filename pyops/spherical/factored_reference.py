@@ -16,7 +16,6 @@ in ``state_dtype`` (float64 unless asked otherwise). Nothing here costs more wit
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from pyops.spherical import reference
 
 #: Rows of V that are worked on at a time where all are.
 BLOCK_ROWS = 16384
-#: Below this ratio of the smallest to the largest pivot, the factored step would lose too many digits.
+#: Below this ratio of the smallest to the largest pivot of I - rate S, or to 1, the step would lose too many digits.
 SMALLEST_PIVOT_RATIO = 1e-6
 
 
@@ -111,16 +110,26 @@ def targets_of(
     return Targets(index, omega, row_weight)
 
 
-def forward(state: State, h: Tensor, targets: Targets, options: Options) -> tuple[Tensor, Tensor, Partials]:
-    """(loss, what the mean divides by, partials of the rows before that division); h in the state's dtype."""
+class Forward(NamedTuple):
+    loss: Tensor
+    normalizer: Tensor  # what the mean divides by
+    partials: Partials  # before that division
+    h: Tensor  # m x d, 0 in rows that do not count
+    HC: Tensor  # m x d
+    P: Tensor  # m x d
+
+
+def forward(state: State, h: Tensor, targets: Targets, options: Options) -> Forward:
+    """h in the state's dtype, with the constant of the bias."""
     classes = state.V.shape[0]
     ignored = (targets.omega == 0).all(1, keepdim=True)
     h = torch.where(ignored, torch.zeros_like(h), h)  # rows that do not count may hold anything
-    squares = ((h @ state.C) * h).sum(1, keepdim=True).clamp(min=0)  # NaN stays NaN
+    HC, P = h @ state.C, h @ state.U.T
+    squares = (HC * h).sum(1, keepdim=True).clamp(min=0)  # NaN stays NaN
     mean = (h @ state.wbar).unsqueeze(1) / classes
-    chosen = (gathered(state.V, targets.index, h.dtype) * (h @ state.U.T).unsqueeze(1)).sum(2)
+    chosen = (gathered(state.V, targets.index, h.dtype) * P.unsqueeze(1)).sum(2)
     chosen = chosen + (h @ state.omega).unsqueeze(1)
-    return losses_of_rows(targets, options, classes, squares, mean, chosen)
+    return Forward(*losses_of_rows(targets, options, classes, squares, mean, chosen), h, HC, P)
 
 
 def losses_of_rows(
@@ -163,10 +172,19 @@ def gathered(V: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 class MicroBatch(NamedTuple):
     """What a backward leaves for the step on W, from a state that has not changed since."""
 
+    target: Tensor  # m or m x K; not looked at where its gradient is 0
+    partials: Tensor  # m x (2 + K), float64: the columns of Partials
     h: Tensor  # m x d
-    index: Tensor  # m x K
-    partials: Partials
+    HC: Tensor  # m x d, h C
+    P: Tensor  # m x d, h U^T
     Z: Tensor  # m x d, what the target logits add to the gradient of h
+
+    def read(self) -> tuple[Tensor, Partials]:
+        """Indices that are safe to gather with, m x K, and the partials in the state's dtype."""
+        partials = self.partials.to(self.h.dtype)
+        g = partials[:, 2:]
+        target = self.target.reshape(g.shape).long()
+        return torch.where(g == 0, 0, target), Partials(partials[:, 0], partials[:, 1], g)
 
 
 def target_part(state: State, index: Tensor, partials: Partials) -> Tensor:
@@ -176,38 +194,47 @@ def target_part(state: State, index: Tensor, partials: Partials) -> Tensor:
     return Z.addcmul_(g.sum(1, keepdim=True), state.omega)
 
 
-def input_gradient(state: State, batch: MicroBatch) -> Tensor:
+def input_gradient(state: State, HC: Tensor, partials: Partials, Z: Tensor) -> Tensor:
     """d loss / d h, m x d: ``beta (h C) + shift wbar + Z``."""
-    h, _, (beta, shift, _), Z = batch
-    return (beta.unsqueeze(1) * h) @ state.C + shift.unsqueeze(1) * state.wbar + Z
+    beta, shift, _ = partials
+    return beta.unsqueeze(1) * HC + shift.unsqueeze(1) * state.wbar + Z
 
 
 def joined(batches: list[MicroBatch]) -> MicroBatch:
     """All rows in one batch; rows with fewer targets than others get targets that add nothing."""
-    width = max(batch.index.shape[1] for batch in batches)
+    width = max(batch.partials.shape[1] for batch in batches)
 
-    def padded(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+    def padded(tensors: list[Tensor], columns: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, columns - t.shape[1])) for t in tensors])
 
-    partials = Partials(
-        torch.cat([batch.partials.beta for batch in batches]),
-        torch.cat([batch.partials.shift for batch in batches]),
-        padded([batch.partials.target_gradient for batch in batches]),
+    target = padded(
+        [batch.target.reshape(len(batch.h), batch.partials.shape[1] - 2).long() for batch in batches], width - 2
     )
-    h, Z = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("h", "Z"))
-    return MicroBatch(h, padded([batch.index for batch in batches]), partials, Z)
+    partials = padded([batch.partials for batch in batches], width)
+    return MicroBatch(target, partials, *(torch.cat(rows) for rows in zip(*(b[2:] for b in batches), strict=True)))
 
 
-def step(state: State, batch: MicroBatch, lr: float, weight_decay: float, shift_invariant: bool) -> str:
-    """W <- (1 - lr weight_decay) W - lr dW, in place. Returns "factored", "singular" (all of V was rewritten) or
-    "skipped" (something is not finite: nothing was changed)."""
-    V, U, U_inv, omega, wbar, C = state
-    classes, features = V.shape
-    h, index, (beta, shift, g), Z = batch
-    keep = 1 - lr * weight_decay
-    rate = lr / keep
+class _Changes(NamedTuple):
+    """What one step changes, all from the state before it."""
+
+    S: Tensor  # d x d, H^T diag(beta) H
+    A: Tensor  # d x d: C loses rate (A + A^T)
+    omega: Tensor
+    wbar: Tensor
+    common: Tensor  # what every row of a dense W loses beside W S
+    present: Tensor  # classes with a gradient
+    sums: Tensor  # of g h, one row for each of them
+
+    def finite(self) -> bool:
+        return bool(sum(tensor.sum() for tensor in self if tensor.is_floating_point()).isfinite())
+
+
+def _changes(state: State, batch: MicroBatch, rate: float) -> _Changes:
+    _, _, _, omega, wbar, C = state
+    classes, features = state.V.shape
+    h, Z = batch.h, batch.Z
+    index, (beta, shift, g) = batch.read()
     y = g.sum(1)
-    # Everything from the state before the step: what goes into U, omega, the rows of the targets, wbar and C.
     Bh = beta.unsqueeze(1) * h
     S = h.T @ Bh
     mean = (h @ wbar) / classes
@@ -222,48 +249,69 @@ def step(state: State, batch: MicroBatch, lr: float, weight_decay: float, shift_
     row = torch.arange(h.shape[0], device=h.device).unsqueeze(1).expand_as(index)[counts]
     MH.index_add_(0, row, g[counts].unsqueeze(1) * sums[place])
     T.sub_(MH, alpha=0.5 * rate)
-    A = T.T @ h
-    omega_step = h.T @ (beta * (h @ omega - mean) + shift)
-    common = h.T @ (shift - beta * mean)
+    return _Changes(
+        S=S,
+        A=T.T @ h,
+        omega=h.T @ (beta * (h @ omega - mean) + shift),
+        wbar=h.T @ (classes * shift + y),
+        common=h.T @ (shift - beta * mean),
+        present=present,
+        sums=sums,
+    )
+
+
+def step(state: State, batch: MicroBatch, rate: float, keep: float, shift_invariant: bool) -> str:
+    """W <- keep (W - rate dW), in place. Returns "factored", or with nothing changed "singular" (U would be, see
+    ``dense_step``) or "skipped" (something is not finite)."""
+    V, U, U_inv, omega, wbar, C = state
+    changes = _changes(state, batch, rate)
+    S = changes.S
     factor = -rate * S
     factor.diagonal().add_(1)
     factors, pivots, _ = torch.linalg.lu_factor_ex(factor)
     diagonal = factors.diagonal().abs()
-    if not bool((A.sum() + omega_step.sum() + common.sum() + diagonal.sum() + sums.sum()).isfinite()):
+    if not (changes.finite() and bool(diagonal.isfinite().all())):
         return "skipped"
-    singular = features > 0 and not bool(diagonal.min() > SMALLEST_PIVOT_RATIO * diagonal.max())
+    if U.shape[0] > 0 and not bool(diagonal.min() > SMALLEST_PIVOT_RATIO * diagonal.max().clamp(min=1)):
+        return "singular"
     # From here on the state changes.
     if not shift_invariant:  # else the gradients of a row sum to 0, and rounding must not move wbar
-        wbar.sub_(h.T @ (classes * shift + y), alpha=rate)
-    C.sub_(A + A.T, alpha=rate)
-    if singular:
-        unfactorize(state)
-        for block in blocks(V):
-            block.copy_(keep * (block.to(U.dtype) @ factor - rate * common))
-        V.index_put_((present,), (V[present].to(U.dtype) - keep * rate * sums).to(V.dtype))
-        wbar.mul_(keep)
-        C.mul_(keep * keep)
-        return "singular"
-    omega.sub_(omega_step, alpha=rate)
+        wbar.sub_(changes.wbar, alpha=rate)
+    C.sub_(changes.A + changes.A.T, alpha=rate)
+    omega.sub_(changes.omega, alpha=rate)
     # Both as what is added to them: a product or a solution would round all of them anew at each step (float32 state,
     # 2,000 steps: an error of W of 3e-5, and 9e-5 in U U_inv).
     U.sub_(U @ S, alpha=rate)
     U_inv.add_(S @ torch.linalg.lu_solve(factors, pivots, U_inv), alpha=rate)
-    V.index_put_((present,), (V[present].to(U.dtype) - rate * (sums @ U_inv)).to(V.dtype))
+    _subtract_rows(V, changes.present, rate * (changes.sums @ U_inv))
     if keep != 1:
         for tensor, power in ((U, keep), (U_inv, 1 / keep), (omega, keep), (wbar, keep), (C, keep * keep)):
             tensor.mul_(power)
     return "factored"
 
 
+def dense_step(state: State, batch: MicroBatch, rate: float, keep: float, shift_invariant: bool) -> None:
+    """The same step where U would become singular: on all of W, 4 D d^2 flops."""
+    V, U, _, _, wbar, C = state
+    changes = _changes(state, batch, rate)
+    factor = -rate * changes.S
+    factor.diagonal().add_(1)
+    if not shift_invariant:
+        wbar.sub_(changes.wbar, alpha=rate)
+    C.sub_(changes.A + changes.A.T, alpha=rate)
+    unfactorize(state)
+    for block in blocks(V):
+        block.copy_(keep * (block.to(U.dtype) @ factor - rate * changes.common))
+    _subtract_rows(V, changes.present, keep * rate * changes.sums)
+    wbar.mul_(keep)
+    C.mul_(keep * keep)
+
+
+def _subtract_rows(V: Tensor, present: Tensor, rows: Tensor) -> None:
+    V.index_put_((present,), (V[present].to(rows.dtype) - rows).to(V.dtype))
+
+
 # ---- upkeep: W stays, its factors become well conditioned ----------------------------------------------------------
-
-
-def condition(state: State) -> tuple[float, float]:
-    """(a bound of the condition number of U, 1 for a multiple of an orthogonal matrix; the size of that multiple)."""
-    features = max(state.U.shape[0], 1)
-    norm = float(torch.linalg.norm(state.U))
-    return norm * float(torch.linalg.norm(state.U_inv)) / features, norm / math.sqrt(features)
 
 
 def unfactorize(state: State) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from contract import FLOATING, Call, Function, Op, Rejection, upstream_gradient
+from spherical import factored_samples
 from torch import Tensor
 
 import pyops
@@ -686,4 +687,5 @@ def describe_ops(forward: str, names: tuple[str, ...], public_name: Callable) ->
 OPS = (
     *describe_ops("spherical_loss", tuple(LOSSES), _spherical_name),
     *describe_ops("cross_entropy", ("cross_entropy",), _cross_entropy_name),
+    *factored_samples.OPS,
 )
