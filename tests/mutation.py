@@ -218,7 +218,7 @@ FACTORED_CPP = [
     Mutant(STEP, "kernel_.combine(CS, Real(0.5), L,", "kernel_.combine(CS, Real(1), L,"),
     Mutant(STEP, "H(), A_, {.alpha = -rate_ / 2, .accumulate = true});", "H(), A_, {.alpha = -rate_, .accumulate = true});"),
     Mutant(STEP, "if (!(pivots.smallest > kSmallestPivotRatio * std::max(pivots.largest, 1.0)))", "if (false)"),
-    Mutant(STEP, "&& pivots.largest == pivots.largest)", ")"),
+    Mutant(STEP, "pivots.largest == pivots.largest)", "true)"),
     Mutant(STEP, "* (keep_ * keep_);", "* keep_;"),
     Mutant(STEP, "1 / keep_, state_.U_inv", "keep_, state_.U_inv"),
     Mutant(STEP, "shift_invariant ? Real(0) : -rate_", "-rate_"),
