@@ -114,7 +114,7 @@ void tile_of(const Real* a, const Real* b, int64_t depth, Real alpha, bool accum
     }
     return;
   }
-  Real spilled[rows][kVectors * width];
+  Real spilled[rows][kVectors * width] = {};
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < kVectors; ++v) store(&spilled[r][v * width], sums[r][v]);
   }
