@@ -114,13 +114,9 @@ void tile_of(const Real* a, const Real* b, int64_t depth, Real alpha, bool accum
     }
     return;
   }
-  Real spilled[rows][kVectors * width] = {};
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(&spilled[r][v * width], sums[r][v]);
-  }
   for (int r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < columns; ++j) {
-      const Real value = spilled[r][j] * alpha;
+      const Real value = sums[r][j / width][j % width] * alpha;
       c[r * stride + j] = accumulate ? c[r * stride + j] + value : value;
     }
   }
