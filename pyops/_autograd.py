@@ -64,17 +64,17 @@ def register_derivative(name: str, backward: Callable, save: Callable, check: Ca
         library.impl(name, run, key, with_keyset=True)
 
 
-def register_no_derivative(name: str) -> None:
+_EXACT = "call the pyops function in eager mode, whose second derivative is exact"
+
+
+def register_no_derivative(name: str, advice: str = _EXACT) -> None:
     """Makes the gradient op ``name`` refuse to be differentiated: unregistered, its gradient comes back as 0. What
     it writes, if anything, gets a new version, so that whoever saved the tensor for a backward notices."""
     op = getattr(torch.ops.pyops, name).default
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def refuse(ctx, *grads):
-        raise NotImplementedError(
-            f"pyops::{name}: the gradient op has no derivative; call the pyops function in eager mode, whose "
-            "second derivative is exact"
-        )
+        raise NotImplementedError(f"pyops::{name}: the op has no derivative; {advice}")
 
     if not written:  # the error can wait for a backward, which may never come
         register_derivative(name, refuse, lambda ctx, inputs, output: None)

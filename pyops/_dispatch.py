@@ -44,6 +44,7 @@ class Op:
     reference: Callable
     triton_module: str
     levels: tuple[str, ...]  # instruction sets that its CPU kernels are compiled for
+    missing: tuple[str, ...] = ()  # backends that have no kernel for it
     native: dict[str, object] = field(default_factory=dict)  # dispatch key -> C++ kernel, once a router sits on it
 
     def reasons_against(self, backend: str, args: tuple) -> list[str]:
@@ -51,6 +52,8 @@ class Op:
         device = args[_first_tensor(args)].device.type
         if backend == "reference":
             return []
+        if backend in self.missing:
+            return [f"the op has no {backend} kernel"]
         if backend == "cuda" and _lib.emulated:
             return [] if device == "cpu" else [f"the emulation serves CPU tensors, the tensors are on {device}"]
         if backend in ("cpu", "cuda"):
@@ -100,12 +103,16 @@ def triton_unavailable() -> str:
 
 
 def register(
-    family: str, triton_module: str, levels: tuple[str, ...] = _lib.KERNEL_LEVELS, **references: Callable
+    family: str,
+    triton_module: str,
+    levels: tuple[str, ...] = _lib.KERNEL_LEVELS,
+    missing: tuple[str, ...] = (),
+    **references: Callable,
 ) -> None:
     """Declares ops of a family: ``op=reference implementation`` with the op's own arguments and outputs."""
     for name, reference in references.items():
-        _ops[name] = Op(name, family, reference, triton_module, levels)
-        if torch.version.cuda and not _lib.cuda_loaded():
+        _ops[name] = Op(name, family, reference, triton_module, levels, missing)
+        if torch.version.cuda and ("cuda" in missing or not _lib.cuda_loaded()):
             library.impl(name, functools.partial(_route, _ops[name], "CUDA"), "CUDA", with_keyset=True)
     if _environment.values["PYOPS_BACKEND"]:
         _install_routers()

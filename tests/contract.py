@@ -653,7 +653,8 @@ def test_every_operator_is_in_a_table():
     assert known == described, f"without an entry: {known - described}; without an operator: {described - known}"
 
 
-# What runs on torch's operations and has no operator of its own yet, by the file that tests it. To become empty.
+# What the tables cannot describe, by the file that tests it: a layer that takes steps and is no function, and what has
+# no operator of its own yet.
 COMPOSED = {
     "FactoredSphericalLinear": "spherical/test_factored_linear.py",
     "SphericalLinearLoss": "spherical/test_linear_loss.py",

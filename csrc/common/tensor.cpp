@@ -193,6 +193,17 @@ LargeOutput new_large_output(const Tensor& like, int64_t rows, int64_t columns) 
   return output;
 }
 
+bool elements_distinct(const Tensor& tensor) {
+  if (tensor.numel() <= 1) return true;
+  const int64_t rows = tensor.size(0), columns = tensor.dim() == 2 ? tensor.size(1) : 1;
+  const int64_t row = tensor.stride(0), column = tensor.dim() == 2 ? tensor.stride(1) : 1;
+  // The wider stride steps over everything that the narrower one reaches.
+  return rows == 1      ? column > 0
+         : columns == 1 ? row > 0
+         : row > column ? column > 0 && row / columns >= column
+                        : row > 0 && column / rows >= row;
+}
+
 int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 }  // namespace pyops

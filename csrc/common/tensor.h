@@ -54,6 +54,9 @@ Tensor rows_dense(const Tensor& tensor);
 
 int64_t element_bytes(DType dtype);
 
+// Whether the elements of a tensor of one or two dimensions have addresses of their own, so that it can be written.
+bool elements_distinct(const Tensor& tensor);
+
 // Has the memory of a new CPU tensor of some MiB come in huge pages, if it is not there yet; returns whether that was
 // so. The first touch of fresh pages costs more than the work that fills them: a copy into 4 KiB pages ran at 5.0 GB/s,
 // into 2 MiB pages at 8.5, into pages already there at 21.8 on a Sapphire Rapids core.

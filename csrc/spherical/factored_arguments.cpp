@@ -34,12 +34,16 @@ FactoredArguments check_factored(const char* op, const Tensor& V, const Tensor& 
   return {op, target.size(0), V.size(0), target.dim() == 2 ? target.size(1) : 1, features, state, wide};
 }
 
-void check_factored_state(const FactoredArguments& arguments, const char* name, const Tensor& tensor,
-                          int64_t dimensions, const Tensor& U) {
+void check_factored_like(const FactoredArguments& arguments, const char* name, const Tensor& tensor, const Tensor& U) {
   check_strided(arguments.op, name, tensor);
   check_device(arguments.op, name, tensor, U, "U");
-  PYOPS_CHECK(is_dtype(tensor, scalar_type_of(arguments.state)), arguments.op, name,
-              "be " + dtype_name(scalar_type_of(arguments.state)) + " like U", dtype_name(tensor));
+  const ScalarType state = scalar_type_of(arguments.state);
+  PYOPS_CHECK(is_dtype(tensor, state), arguments.op, name, "be " + dtype_name(state) + " like U", dtype_name(tensor));
+}
+
+void check_factored_state(const FactoredArguments& arguments, const char* name, const Tensor& tensor,
+                          int64_t dimensions, const Tensor& U) {
+  check_factored_like(arguments, name, tensor, U);
   const int64_t d = arguments.features;
   const bool right = tensor.dim() == dimensions && tensor.size(0) == d && (dimensions == 1 || tensor.size(1) == d);
   PYOPS_CHECK(right, arguments.op, name, "have shape " + (dimensions == 1 ? shape_text(d) : shape_text(d, d)),
@@ -47,19 +51,10 @@ void check_factored_state(const FactoredArguments& arguments, const char* name, 
 }
 
 void check_factored_distinct(const FactoredArguments& arguments, const char* name, const Tensor& tensor) {
-  if (tensor.numel() <= 1) return;
-  // Distinct addresses: the wider stride steps over everything that the narrower one reaches.
-  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    sizes[dim] = tensor.size(dim);
-    strides[dim] = tensor.size(dim) > 1 ? tensor.stride(dim) : 0;
-  }
-  const int wide = strides[1] > strides[0];
-  const int64_t reach = (sizes[1 - wide] - 1) * strides[1 - wide];
-  const bool distinct = strides[wide] > reach && (sizes[1 - wide] == 1 || strides[1 - wide] > 0);
+  if (elements_distinct(tensor)) return;
   std::string text = "strides [" + std::to_string(tensor.stride(0));
   if (tensor.dim() == 2) text.append(", ").append(std::to_string(tensor.stride(1)));
-  PYOPS_CHECK(distinct, arguments.op, name, "not overlap in memory, as it is written", text.append("]"));
+  reject<std::runtime_error>(arguments.op, name, "not overlap in memory, as it is written", text.append("]"));
 }
 
 void check_factored_rows(const FactoredArguments& arguments, const char* name, const Tensor& tensor, int64_t columns,

@@ -15,6 +15,9 @@ struct FactoredArguments {
 // V and U; `rows` and `targets` come from the target.
 FactoredArguments check_factored(const char* op, const Tensor& V, const Tensor& U, const Tensor& target);
 
+// Of the device and dtype of U.
+void check_factored_like(const FactoredArguments& arguments, const char* name, const Tensor& tensor, const Tensor& U);
+
 // A vector or square of the state: its device, dtype and shape.
 void check_factored_state(const FactoredArguments& arguments, const char* name, const Tensor& tensor,
                           int64_t dimensions, const Tensor& U);

@@ -111,16 +111,9 @@ SphericalOptions check_spherical_options(int64_t loss, double a, double b, doubl
 }
 
 void check_rows_distinct(const LossArguments& arguments, const Tensor& logits) {
-  if (logits.numel() <= 1) return;
-  const int64_t rows = arguments.rows, classes = arguments.classes;
-  const int64_t row = logits.stride(0), column = logits.stride(1);
-  // Distinct addresses: the wider stride steps over everything that the narrower one reaches.
-  const bool distinct = rows == 1      ? column > 0
-                        : classes == 1 ? row > 0
-                        : row > column ? column > 0 && row / classes >= column
-                                       : row > 0 && column / rows >= row;
-  PYOPS_CHECK(distinct, arguments.op, "logits", "not overlap in memory when its gradient is written in place",
-              "strides [", logits.stride(0), ", ", logits.stride(1), "]");
+  PYOPS_CHECK(elements_distinct(logits), arguments.op, "logits",
+              "not overlap in memory when its gradient is written in place", "strides [", logits.stride(0), ", ",
+              logits.stride(1), "]");
 }
 
 }  // namespace pyops

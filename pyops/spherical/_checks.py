@@ -158,11 +158,15 @@ def factored_features(op: str, h: Tensor, U: Tensor, rows: int, features: int) -
         reject(op, "h", f"have shape [{rows}, {features}]", shape_name(h))
 
 
-def factored_state(op: str, argument: str, tensor: Tensor, U: Tensor, dimensions: int) -> None:
+def factored_like(op: str, argument: str, tensor: Tensor, U: Tensor) -> None:
     strided(op, argument, tensor)
     device(op, argument, tensor, U, "U")
     if tensor.dtype != U.dtype:
         reject(op, argument, f"be {dtype_name(U.dtype)} like U", dtype_name(tensor.dtype))
+
+
+def factored_state(op: str, argument: str, tensor: Tensor, U: Tensor, dimensions: int) -> None:
+    factored_like(op, argument, tensor, U)
     shape = [U.shape[0]] * dimensions
     if list(tensor.shape) != shape:
         reject(op, argument, f"have shape {shape}", shape_name(tensor))
@@ -188,15 +192,8 @@ def factored_rows(op: str, argument: str, tensor: Tensor, rows: int, columns: in
         reject(op, argument, f"have shape [{rows}, {columns}]", shape_name(tensor))
 
 
-def factored_weight(op: str, argument: str, weight: Tensor, U: Tensor) -> None:
-    strided(op, argument, weight)
-    device(op, argument, weight, U, "U")
-    if weight.dtype != U.dtype:
-        reject(op, argument, f"be {dtype_name(U.dtype)} like U", dtype_name(weight.dtype))
-
-
 def factored_class_weight(op: str, weight: Tensor, V: Tensor, U: Tensor) -> None:
-    factored_weight(op, "weight", weight, U)
+    factored_like(op, "weight", weight, U)
     if tuple(weight.shape) != (V.shape[0],):
         reject(op, "weight", f"have shape [{V.shape[0]}]", shape_name(weight))
 

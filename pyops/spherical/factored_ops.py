@@ -34,7 +34,7 @@ def _check_forward(
         _checks.factored_state(op, argument, tensor, U, dimensions)
     _checks.factored_smoothing(op, loss, label_smoothing, reduction)
     if target_weight is not None:
-        _checks.factored_weight(op, "target_weight", target_weight, U)
+        _checks.factored_like(op, "target_weight", target_weight, U)
         _checks.target_weights(op, target_weight, target)
     if weight is not None:
         _checks.factored_class_weight(op, weight, V, U)
@@ -101,7 +101,7 @@ def _fake_step(V, U, U_inv, omega, wbar, C, target, partials, H, HC, P, Z, rate,
 
 
 for _name in ("factored_linear", "factored_linear_gradient", "factored_linear_step_"):
-    register_no_derivative(_name)
+    register_no_derivative(_name, "use pyops.nn.FactoredSphericalLinear, whose loss has")
 
 
 # ---- in torch code -----------------------------------------------------------------------------------------------
@@ -164,6 +164,7 @@ def factored_linear_step(V, U, U_inv, omega, wbar, C, target, partials, H, HC, P
 _dispatch.register(
     "spherical",
     "spherical.factored_linear",
+    missing=("cuda", "triton"),
     factored_linear=factored_linear,
     factored_linear_gradient=factored_linear_gradient,
     factored_linear_step_=factored_linear_step,

@@ -137,3 +137,11 @@ def test_memory_of_unusual_size_is_given_back():
     stepped(make_step("full", torch.float64, rows=6000, features=600, classes=5, targets=1))
     for name, value in stepped(small).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["cuda", "triton"])
+def test_a_backend_without_kernels_is_refused(kind):
+    import pyops
+
+    with pyops.use_backend(kind), pytest.raises(RuntimeError, match=f"the op has no {kind} kernel"):
+        run("factored_linear", make_forward("mean"))

@@ -38,7 +38,7 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, MatrixView<Real> a, Matr
 template <class Real>
 void mirror_lower(Real* c, int64_t size, int64_t stride);
 
-// The largest and the smallest pivot by size; NaN if one is not finite.
+// The smallest and the largest pivot by size; both NaN if one is not finite.
 struct Pivots {
   double smallest, largest;
 };

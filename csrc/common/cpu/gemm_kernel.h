@@ -1,5 +1,5 @@
 // Inner loops of dense matrix products and factorisations in float32 and float64: plain pointers, one table per ISA
-// level. The blocking around them is gemm.cpp, the factorisation lu.cpp.
+// level. The blocking around them is gemm.cpp.
 #pragma once
 
 #include <stdint.h>

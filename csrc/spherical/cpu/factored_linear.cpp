@@ -58,19 +58,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> factored_linear_cpu(
               "be 0 (none), 1 (mean) or 2 (sum)", reduction);
   const ScalarType state = scalar_type_of(arguments.state);
   if (target_weight) {
-    check_strided(op, "target_weight", *target_weight);
-    check_device(op, "target_weight", *target_weight, U_in, "U");
-    PYOPS_CHECK(is_dtype(*target_weight, state), op, "target_weight", "be " + dtype_name(state) + " like U",
-                dtype_name(*target_weight));
+    check_factored_like(arguments, "target_weight", *target_weight, U_in);
     const bool same = target_weight->dim() == target.dim() && target_weight->size(0) == target.size(0) &&
                       (target.dim() == 1 || target_weight->size(1) == target.size(1));
     PYOPS_CHECK(same, op, "target_weight", "have the shape of target, " + shape_name(target),
                 shape_name(*target_weight));
   }
   if (weight) {
-    check_strided(op, "weight", *weight);
-    check_device(op, "weight", *weight, U_in, "U");
-    PYOPS_CHECK(is_dtype(*weight, state), op, "weight", "be " + dtype_name(state) + " like U", dtype_name(*weight));
+    check_factored_like(arguments, "weight", *weight, U_in);
     PYOPS_CHECK(weight->dim() == 1 && weight->size(0) == arguments.classes, op, "weight",
                 "have shape [" + std::to_string(arguments.classes) + "]", shape_name(*weight));
   }
